@@ -1,0 +1,60 @@
+"""RLHF inside PyTorch Lightning with one set of weights: the engine that trains the policy generates with it.
+
+Importing the package registers the strategies ``hybrid_deepspeed`` and ``hybrid_deepspeed_stage_*``. Everything else is
+imported when first used.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from lightning_hybrid.errors import LightningHybridError
+from lightning_hybrid.strategy import EngineSpec, HybridDeepSpeedStrategy, register_strategies
+
+if TYPE_CHECKING:
+    from lightning_hybrid.config import PPOConfig, RewardConfig, RolloutConfig, SFTConfig
+    from lightning_hybrid.data import InstructionDataModule, PreferenceDataModule, PromptDataModule
+    from lightning_hybrid.modules import PPOModule, RewardModule, SFTModule
+    from lightning_hybrid.rollout import Rollout
+
+register_strategies()
+
+__version__ = "0.1.0"
+
+_LAZY = {
+    "InstructionDataModule": "data",
+    "PPOConfig": "config",
+    "PPOModule": "modules",
+    "PreferenceDataModule": "data",
+    "PromptDataModule": "data",
+    "RewardConfig": "config",
+    "RewardModule": "modules",
+    "Rollout": "rollout",
+    "RolloutConfig": "config",
+    "SFTConfig": "config",
+    "SFTModule": "modules",
+}
+
+__all__ = [
+    "EngineSpec",
+    "HybridDeepSpeedStrategy",
+    "InstructionDataModule",
+    "LightningHybridError",
+    "PPOConfig",
+    "PPOModule",
+    "PreferenceDataModule",
+    "PromptDataModule",
+    "RewardConfig",
+    "RewardModule",
+    "Rollout",
+    "RolloutConfig",
+    "SFTConfig",
+    "SFTModule",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'lightning_hybrid' has no attribute {name!r}")
+    return getattr(import_module(f"lightning_hybrid.{_LAZY[name]}"), name)

@@ -1,0 +1,102 @@
+"""From a validated configuration to the objects of a run: models, data arguments, Trainer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import lightning as L
+from lightning.pytorch.callbacks import Callback, LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+
+from lightning_hybrid.callbacks import HFExport, PhaseProgressBar
+from lightning_hybrid.config import DataConfig, LoggerConfig, ModelConfig, Run, StrategyConfig
+from lightning_hybrid.data import check_tokenizer
+from lightning_hybrid.models import Policy, ScalarModel, build_policy, load_policy, load_tokenizer, max_positions
+from lightning_hybrid.strategy import STRATEGIES, HybridDeepSpeedStrategy
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def make_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
+    """The tokenizer that the configuration names, or the one beside the model."""
+    return load_tokenizer(config.tokenizer or str(config.path))
+
+
+def make_policy(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, chunk: int = 1024) -> Policy:
+    """A pretrained policy, or one with fresh weights, checked against its tokenizer.
+
+    Raises:
+        DataError: if the tokenizer has ids that the embedding has not.
+        ConfigError: if the model cannot be found.
+    """
+    if config.architecture is not None:
+        return build_policy(config.architecture, len(tokenizer), chunk)
+    policy = load_policy(str(config.path), chunk)
+    check_tokenizer(tokenizer, policy.config.get_text_config().vocab_size)
+    return policy
+
+
+def data_arguments(
+    config: DataConfig, tokenizer: PreTrainedTokenizerBase, model: Policy | ScalarModel
+) -> dict[str, Any]:
+    """Keyword arguments of a DataModule; rows may be as long as the model has positions, unless configured shorter."""
+    arguments = config.model_dump()
+    limit = max_positions(model.config)
+    if arguments["max_length"] is None:
+        arguments["max_length"] = limit
+    return arguments | {"tokenizer": tokenizer}
+
+
+def make_trainer(run: Run, stage: str, export: HFExport, callbacks: Sequence[Callback] = ()) -> L.Trainer:
+    """The Trainer of a recipe.
+
+    Args:
+        run: the whole configuration.
+        stage: what the progress bar calls the run.
+        export: used where the configuration asks for the model to be exported.
+        callbacks: further ones.
+    """
+    arguments = {name: value for name, value in run.trainer.model_dump().items() if value is not None}
+    arguments.setdefault("max_epochs", -1)
+    return L.Trainer(
+        **arguments,
+        strategy=make_strategy(run.strategy),
+        logger=_make_logger(run.logger, run.output_dir),
+        callbacks=[*_standard_callbacks(run, stage), *([export] if run.callbacks.export_model else []), *callbacks],
+        default_root_dir=run.output_dir,
+        enable_model_summary=False,
+    )
+
+
+def make_strategy(config: StrategyConfig) -> HybridDeepSpeedStrategy:
+    """The registered strategy of that name, with the configured engine settings."""
+    _, arguments = STRATEGIES[config.name]
+    return HybridDeepSpeedStrategy(
+        **arguments, hybrid_engine=config.hybrid_engine.model_dump(), config=dict(config.config)
+    )
+
+
+def _make_logger(config: LoggerConfig, output_dir: str) -> Logger | bool:
+    if config.name == "none":
+        return False
+    logger = CSVLogger if config.name == "csv" else TensorBoardLogger
+    return logger(save_dir=output_dir, name="", version="")
+
+
+def _standard_callbacks(run: Run, stage: str) -> list[Callback]:
+    callbacks: list[Callback] = []
+    if run.trainer.enable_progress_bar:
+        callbacks.append(PhaseProgressBar(stage))
+    if run.trainer.enable_checkpointing:
+        folder = Path(run.output_dir) / "checkpoints"
+        callbacks.append(
+            ModelCheckpoint(
+                dirpath=folder, every_n_train_steps=run.callbacks.checkpoint_every_n_steps, save_last=True
+            )
+        )
+    if run.logger.name != "none":
+        callbacks.append(LearningRateMonitor(logging_interval="step"))
+    return callbacks

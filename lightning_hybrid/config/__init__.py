@@ -1,0 +1,48 @@
+"""Typed, validated configuration: the settings of every group, and `validate`, which reports all problems at once."""
+
+from __future__ import annotations
+
+from lightning_hybrid.config.algorithm import OptimizerConfig, PPOConfig, RewardConfig, SFTConfig
+from lightning_hybrid.config.data import DataConfig, InstructionDataConfig, PreferenceDataConfig, PromptDataConfig
+from lightning_hybrid.config.groups import (
+    CallbacksConfig,
+    HybridEngineConfig,
+    LoggerConfig,
+    ModelConfig,
+    PPOModelConfig,
+    RewardSourceConfig,
+    RolloutConfig,
+    StrategyConfig,
+    TrainerConfig,
+)
+from lightning_hybrid.config.roots import PPORun, QuickstartRun, RewardRun, Run, SFTRun, StageOverrides
+from lightning_hybrid.config.settings import Settings
+from lightning_hybrid.config.validate import validate
+
+__all__ = [
+    "CallbacksConfig",
+    "DataConfig",
+    "HybridEngineConfig",
+    "InstructionDataConfig",
+    "LoggerConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "PPOConfig",
+    "PPOModelConfig",
+    "PPORun",
+    "PreferenceDataConfig",
+    "PromptDataConfig",
+    "QuickstartRun",
+    "RewardConfig",
+    "RewardRun",
+    "RewardSourceConfig",
+    "RolloutConfig",
+    "Run",
+    "SFTConfig",
+    "SFTRun",
+    "Settings",
+    "StageOverrides",
+    "StrategyConfig",
+    "TrainerConfig",
+    "validate",
+]

@@ -1,0 +1,216 @@
+"""Settings of the groups beside data and algorithm: model, rollout, reward, strategy, trainer and its helpers."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+
+from lightning_hybrid.config.settings import Problem, Rule, Settings
+
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+DeviceList = Annotated[str, Field(pattern=r"^(auto|\d+(,\d+)*)$")]
+
+
+def _path_or_architecture(config: ModelConfig) -> Problem | None:
+    if (config.path is None) == (config.architecture is None):
+        given = "nothing" if config.path is None else f"{config.path!r} beside model.architecture"
+        return Problem("path", "give exactly one of path (weights to start from) and architecture (a new model)", given)
+    return None
+
+
+def _architecture_is_named(config: ModelConfig) -> Problem | None:
+    if config.architecture is None or "model_type" in config.architecture:
+        return None
+    given = f"keys {sorted(config.architecture)}"
+    return Problem("architecture", "must have the key model_type, such as 'llama'", given)
+
+
+def _architecture_needs_tokenizer(config: ModelConfig) -> Problem | None:
+    if config.architecture is None or config.tokenizer is not None:
+        return None
+    return Problem("tokenizer", "required with model.architecture: a folder or hub name of a tokenizer", "None")
+
+
+class ModelConfig(Settings):
+    """The causal language model to train."""
+
+    rules: ClassVar[tuple[Rule, ...]] = (_path_or_architecture, _architecture_is_named, _architecture_needs_tokenizer)
+
+    path: str | None = None
+    """folder or hub name of a pretrained model"""
+    tokenizer: str | None = None
+    """folder or hub name of the tokenizer; null for the one beside the model"""
+    architecture: dict[str, Any] | None = None
+    """arguments of a transformers config, with model_type, for a model with fresh weights"""
+
+
+class PPOModelConfig(ModelConfig):
+    """The policy, and the models that PPO keeps beside it."""
+
+    critic: str | None = None
+    """folder of an SFT or reward model that the critic starts from; null for the policy's"""
+    reference: str | None = None
+    """folder or hub name of the frozen reference policy; null for the policy as it starts"""
+
+
+def _response_lengths_are_ordered(config: RolloutConfig) -> Problem | None:
+    if config.min_new_tokens <= config.max_new_tokens:
+        return None
+    remedy = f"must not exceed max_new_tokens ({config.max_new_tokens})"
+    return Problem("min_new_tokens", remedy, str(config.min_new_tokens))
+
+
+class RolloutConfig(Settings):
+    """How responses are sampled."""
+
+    rules: ClassVar[tuple[Rule, ...]] = (_response_lengths_are_ordered,)
+
+    backend: Literal["hf"] = "hf"
+    """what generates: hf is the model's own `generate`"""
+    max_new_tokens: PositiveInt = 64
+    """tokens that a response may have"""
+    min_new_tokens: NonNegativeInt = 0
+    """tokens that a response has before it may end"""
+    temperature: PositiveFloat = 1.0
+    """logits are divided by it before sampling"""
+    top_k: NonNegativeInt = 0
+    """sample among the k most likely tokens; 0 for all"""
+    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    """sample among the most likely tokens of this total probability"""
+
+
+def _path_or_function(config: RewardSourceConfig) -> Problem | None:
+    if (config.path is None) == (config.function is None):
+        given = "nothing" if config.path is None else f"{config.path!r} beside function {config.function!r}"
+        return Problem("path", "give exactly one of path (a reward model) and function (Python)", given)
+    return None
+
+
+class RewardSourceConfig(Settings):
+    """Where the scores of PPO come from: a reward model, or a Python function."""
+
+    rules: ClassVar[tuple[Rule, ...]] = (_path_or_function,)
+
+    path: str | None = None
+    """folder or hub name of a reward model"""
+    function: Annotated[str, Field(pattern=r"^[\w.]+:\w+$")] | None = None
+    """a function of prompts and responses, written 'package.module:function'"""
+
+
+class HybridEngineConfig(Settings):
+    """DeepSpeed's `hybrid_engine` settings, with its meanings and defaults."""
+
+    max_out_tokens: PositiveInt = 512
+    """prompt and response tokens together that the generation workspace holds"""
+    inference_tp_size: PositiveInt = 1
+    """ranks that share one copy of the model during generation"""
+    release_inference_cache: bool = False
+    """give the memory of the workspace back after generation"""
+    pin_parameters: bool = True
+    """ZeRO-3: gather all layers at once for generation, rather than layer by layer"""
+    tp_gather_partition_size: PositiveInt = 8
+    """layers gathered at a time when the model is shared between ranks"""
+
+
+StrategyName = Literal[
+    "hybrid_deepspeed",
+    "hybrid_deepspeed_stage_1",
+    "hybrid_deepspeed_stage_2",
+    "hybrid_deepspeed_stage_3",
+    "hybrid_deepspeed_stage_2_offload",
+    "hybrid_deepspeed_stage_3_offload",
+]
+
+
+def _one_hybrid_engine_group(config: StrategyConfig) -> Problem | None:
+    if "hybrid_engine" not in config.config:
+        return None
+    return Problem("config.hybrid_engine", "belongs in strategy.hybrid_engine", "a DeepSpeed key")
+
+
+def _stage_agrees_with_name(config: StrategyConfig) -> Problem | None:
+    zero = config.config.get("zero_optimization")
+    stage = zero.get("stage") if isinstance(zero, dict) else None
+    if stage is None or "_stage_" not in config.name or f"_stage_{stage}" in config.name:
+        return None
+    remedy = f"strategy.name is {config.name!r}: change one of them"
+    return Problem("config.zero_optimization.stage", remedy, repr(stage))
+
+
+class StrategyConfig(Settings):
+    """Which strategy shards what, and how its engines are configured."""
+
+    rules: ClassVar[tuple[Rule, ...]] = (_one_hybrid_engine_group, _stage_agrees_with_name)
+
+    name: StrategyName = "hybrid_deepspeed"
+    """registered name of the strategy; the ZeRO stage says what the ranks share between them"""
+    hybrid_engine: HybridEngineConfig = Field(default_factory=HybridEngineConfig)
+    """settings of the engine that both trains and generates"""
+    config: dict[str, Any] = Field(default_factory=dict)
+    """DeepSpeed keys, laid over the strategy's own"""
+
+
+def _training_ends(config: TrainerConfig) -> Problem | None:
+    if config.max_steps is None and config.max_epochs is None:
+        return Problem("max_steps", "give max_steps or max_epochs, so that training ends", "None")
+    return None
+
+
+def _half_precision_needs_a_gpu(config: TrainerConfig) -> Problem | None:
+    if config.accelerator == "cpu" and config.precision in ("16-true", "16-mixed"):
+        return Problem("precision", "fp16 does not run on a CPU: use 32-true or bf16-true", repr(config.precision))
+    return None
+
+
+class TrainerConfig(Settings):
+    """Arguments of `lightning.Trainer`, by the same names; null leaves Lightning's own default."""
+
+    rules: ClassVar[tuple[Rule, ...]] = (_training_ends, _half_precision_needs_a_gpu)
+
+    accelerator: Literal["auto", "cpu", "gpu", "cuda"] = "auto"
+    """hardware to run on"""
+    devices: PositiveInt | DeviceList = 1
+    """number of devices per node, 'auto' for all, or their indices such as '0,1'"""
+    num_nodes: PositiveInt = 1
+    """number of machines"""
+    precision: Literal["32-true", "bf16-true", "bf16-mixed", "16-true", "16-mixed"] = "32-true"
+    """number format of weights and arithmetic"""
+    max_steps: PositiveInt | None = None
+    """training steps; with PPO one step is one iteration of rollout and update"""
+    max_epochs: PositiveInt | None = None
+    """passes over the training data"""
+    accumulate_grad_batches: PositiveInt = 1
+    """batches of one optimizer step"""
+    gradient_clip_val: PositiveFloat | None = None
+    """gradients are scaled down to this norm"""
+    log_every_n_steps: PositiveInt = 1
+    """steps between two rows of the log"""
+    val_check_interval: PositiveInt | Fraction | None = None
+    """steps, or share of an epoch, between two validations"""
+    limit_val_batches: NonNegativeInt | Fraction | None = None
+    """batches, or share of them, in one validation; 0 for no validation"""
+    num_sanity_val_steps: NonNegativeInt = 0
+    """validation batches tried before training"""
+    enable_progress_bar: bool = True
+    """show a progress bar"""
+    enable_checkpointing: bool = True
+    """write checkpoints"""
+    deterministic: bool = False
+    """refuse operations whose result may differ between runs"""
+
+
+class CallbacksConfig(Settings):
+    """What happens beside training."""
+
+    export_model: bool = True
+    """write the trained model as a Hugging Face folder to output_dir/model at the end"""
+    checkpoint_every_n_steps: PositiveInt | None = None
+    """training steps between two checkpoints; null for one at the end of every epoch"""
+
+
+class LoggerConfig(Settings):
+    """Where metrics are written."""
+
+    name: Literal["csv", "tensorboard", "none"] = "csv"
+    """csv: output_dir/metrics.csv; tensorboard: event files; none: nowhere"""

@@ -1,0 +1,177 @@
+"""The whole configuration of each recipe, and the rules between its groups."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from pydantic import Field, NonNegativeInt, PositiveInt
+
+from lightning_hybrid.config.algorithm import PPOConfig, RewardConfig, SFTConfig
+from lightning_hybrid.config.data import InstructionDataConfig, PreferenceDataConfig, PromptDataConfig
+from lightning_hybrid.config.groups import (
+    CallbacksConfig,
+    LoggerConfig,
+    ModelConfig,
+    PPOModelConfig,
+    RewardSourceConfig,
+    RolloutConfig,
+    StrategyConfig,
+    TrainerConfig,
+)
+from lightning_hybrid.config.settings import Problem, Rule, Settings
+
+
+def _ranks(trainer: TrainerConfig) -> int | None:
+    """Number of processes, or None when only the machine knows it."""
+    if isinstance(trainer.devices, int):
+        return trainer.devices * trainer.num_nodes
+    return None if trainer.devices == "auto" else len(trainer.devices.split(",")) * trainer.num_nodes
+
+
+def _checkpoints_are_enabled(run: Run) -> Problem | None:
+    if run.callbacks.checkpoint_every_n_steps is None or run.trainer.enable_checkpointing:
+        return None
+    remedy = "needs trainer.enable_checkpointing=true"
+    return Problem("callbacks.checkpoint_every_n_steps", remedy, str(run.callbacks.checkpoint_every_n_steps))
+
+
+def _tensor_parallel_fits_ranks(run: Run) -> Problem | None:
+    ranks, size = _ranks(run.trainer), run.strategy.hybrid_engine.inference_tp_size
+    if ranks is None or ranks % size == 0:
+        return None
+    remedy = f"must divide the number of ranks ({ranks}, from trainer.devices and trainer.num_nodes)"
+    return Problem("strategy.hybrid_engine.inference_tp_size", remedy, str(size))
+
+
+class Run(Settings):
+    """What every recipe needs."""
+
+    rules: ClassVar[tuple[Rule, ...]] = (_checkpoints_are_enabled, _tensor_parallel_fits_ranks)
+
+    strategy: StrategyConfig = Field(default_factory=StrategyConfig)
+    """strategy of the trainer"""
+    trainer: TrainerConfig
+    """arguments of the trainer"""
+    callbacks: CallbacksConfig = Field(default_factory=CallbacksConfig)
+    """what happens beside training"""
+    logger: LoggerConfig = Field(default_factory=LoggerConfig)
+    """where metrics are written"""
+    seed: NonNegativeInt = 0
+    """seed of weights, data order and sampling"""
+    root: str = "outputs"
+    """folder that the stages of one experiment share; other values refer to it as ${root}"""
+    shared: str | None = None
+    """folder with models and data that come from elsewhere; other values refer to it as ${shared}"""
+    output_dir: str
+    """folder that this run writes to"""
+    ckpt_path: str | None = None
+    """checkpoint to go on from"""
+
+
+class SFTRun(Run):
+    """Configuration of the recipe `sft`."""
+
+    model: ModelConfig
+    """the model to train"""
+    data: InstructionDataConfig
+    """texts to learn"""
+    algorithm: SFTConfig = Field(default_factory=SFTConfig)
+    """settings of supervised fine-tuning"""
+
+
+def _reward_starts_from_weights(run: RewardRun) -> Problem | None:
+    if run.model.architecture is None:
+        return None
+    return Problem("model.architecture", "a reward model starts from a trained one: give model.path", "an architecture")
+
+
+class RewardRun(Run):
+    """Configuration of the recipe `reward`."""
+
+    rules: ClassVar[tuple[Rule, ...]] = (*Run.rules, _reward_starts_from_weights)
+
+    model: ModelConfig
+    """the model whose body the reward model starts from"""
+    data: PreferenceDataConfig
+    """pairs of a preferred and another text"""
+    algorithm: RewardConfig = Field(default_factory=RewardConfig)
+    """settings of reward modelling"""
+
+
+def _clipping_is_the_algorithms(run: PPORun) -> Problem | None:
+    if run.trainer.gradient_clip_val is None:
+        return None
+    remedy = "PPO clips each optimizer's gradients itself: use algorithm.max_grad_norm"
+    return Problem("trainer.gradient_clip_val", remedy, str(run.trainer.gradient_clip_val))
+
+
+def _accumulation_is_the_algorithms(run: PPORun) -> Problem | None:
+    if run.trainer.accumulate_grad_batches == 1:
+        return None
+    remedy = "PPO accumulates inside its update: use algorithm.minibatch_size and algorithm.micro_batch_size"
+    return Problem("trainer.accumulate_grad_batches", remedy, str(run.trainer.accumulate_grad_batches))
+
+
+def _minibatch_divides_over_ranks(run: PPORun) -> Problem | None:
+    ranks, size = _ranks(run.trainer), run.algorithm.minibatch_size
+    if ranks is None or size is None or size % ranks == 0:
+        return None
+    remedy = f"must be a multiple of the number of ranks ({ranks}): it counts sequences over all of them"
+    return Problem("algorithm.minibatch_size", remedy, str(size))
+
+
+def _minibatch_fits_rollout(run: PPORun) -> Problem | None:
+    ranks, size = _ranks(run.trainer), run.algorithm.minibatch_size
+    if ranks is None or size is None or size <= run.data.batch_size * ranks:
+        return None
+    remedy = f"must not exceed the rollout batch of {run.data.batch_size * ranks} (data.batch_size times ranks)"
+    return Problem("algorithm.minibatch_size", remedy, str(size))
+
+
+class PPORun(Run):
+    """Configuration of the recipe `ppo`."""
+
+    rules: ClassVar[tuple[Rule, ...]] = (
+        *Run.rules,
+        _clipping_is_the_algorithms,
+        _accumulation_is_the_algorithms,
+        _minibatch_divides_over_ranks,
+        _minibatch_fits_rollout,
+    )
+
+    model: PPOModelConfig
+    """the policy, and the models beside it"""
+    data: PromptDataConfig
+    """prompts to respond to"""
+    algorithm: PPOConfig = Field(default_factory=PPOConfig)
+    """settings of PPO"""
+    rollout: RolloutConfig = Field(default_factory=RolloutConfig)
+    """how responses are sampled"""
+    reward: RewardSourceConfig
+    """where scores come from"""
+
+
+class StageOverrides(Settings):
+    """Hydra overrides for each stage of the quickstart, such as 'trainer.max_steps=10'."""
+
+    sft: list[str] = Field(default_factory=list)
+    """overrides of supervised fine-tuning"""
+    reward: list[str] = Field(default_factory=list)
+    """overrides of reward modelling"""
+    ppo: list[str] = Field(default_factory=list)
+    """overrides of PPO"""
+
+
+class QuickstartRun(Settings):
+    """Configuration of the recipe `quickstart`: the three stages on the built-in task, and their comparison."""
+
+    stages: str = "quickstart"
+    """folder of conf/experiment whose sft, reward and ppo files are run"""
+    output_dir: str
+    """folder that everything is written to; it becomes the ${root} of the stages"""
+    seed: NonNegativeInt = 0
+    """seed of the task and of every stage"""
+    overrides: StageOverrides = Field(default_factory=StageOverrides)
+    """changes to the stages"""
+    heldout_samples: PositiveInt = 256
+    """held-out prompts on which the policies before and after PPO are compared"""

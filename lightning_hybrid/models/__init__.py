@@ -1,0 +1,17 @@
+"""The models of the house: a policy that answers with log-probs, and a trunk with a scalar head."""
+
+from lightning_hybrid.models.loading import build_policy, load_policy, load_scalar, load_tokenizer, max_positions
+from lightning_hybrid.models.policy import Policy, PolicyOutput
+from lightning_hybrid.models.scalar import ScalarModel, last_value
+
+__all__ = [
+    "Policy",
+    "PolicyOutput",
+    "ScalarModel",
+    "build_policy",
+    "last_value",
+    "load_policy",
+    "load_scalar",
+    "load_tokenizer",
+    "max_positions",
+]

@@ -1,0 +1,101 @@
+"""From a path, a hub name or an architecture to a model and its tokenizer, with errors that say what is wrong."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lightning_hybrid.errors import ConfigError
+from lightning_hybrid.models.policy import Policy
+from lightning_hybrid.models.scalar import ScalarModel
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def load_policy(path: str | Path, chunk: int = 1024) -> Policy:
+    """Load a causal LM from a folder or a hub name, in float32 (engines cast it), as a :class:`Policy`."""
+    from transformers import AutoModelForCausalLM
+
+    return Policy(_from_pretrained(AutoModelForCausalLM, path), chunk)
+
+
+def build_policy(architecture: dict[str, Any], vocab_size: int, chunk: int = 1024) -> Policy:
+    """Build a causal LM with fresh weights.
+
+    Args:
+        architecture: ``model_type`` and the keyword arguments of its Transformers config.
+        vocab_size: rows of the embedding, from the tokenizer.
+        chunk: tokens per head call.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    arguments = dict(architecture)
+    model_type = arguments.pop("model_type", None)
+    if model_type is None:
+        raise ConfigError("model.architecture needs 'model_type' (llama, qwen2, gpt2, ...); it has none")
+    config = AutoConfig.for_model(model_type, **{"vocab_size": vocab_size} | arguments)
+    return Policy(AutoModelForCausalLM.from_config(config), chunk)
+
+
+def load_scalar(path: str | Path) -> ScalarModel:
+    """Load a critic or reward model; from a causal LM's folder the trunk is taken and the head starts at zero.
+
+    A zero head makes the first values 0 instead of noise.
+    """
+    from transformers import AutoModelForSequenceClassification
+
+    model, info = _from_pretrained(
+        AutoModelForSequenceClassification, path, num_labels=1, output_loading_info=True, quiet=True
+    )
+    if any(key.startswith("score") for key in info["missing_keys"]):
+        torch.nn.init.zeros_(model.score.weight)
+    return ScalarModel(model)
+
+
+def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a folder or hub name; one without a pad token pads with its EOS (masks decide)."""
+    from transformers import AutoTokenizer
+
+    tokenizer: PreTrainedTokenizerBase = _from_pretrained(AutoTokenizer, path)
+    if tokenizer.pad_token_id is None and tokenizer.eos_token is not None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def max_positions(config: Any) -> int | None:
+    """How many positions a model has, or None when its family has no limit (ALiBi)."""
+    text = config.get_text_config()
+    return getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None)
+
+
+def _from_pretrained(auto: Any, path: str | Path, quiet: bool = False, **arguments: Any) -> Any:
+    """``auto.from_pretrained`` in float32, with missing folders and unreachable hubs told apart."""
+    from transformers.utils import logging
+
+    if auto.__name__ != "AutoTokenizer":
+        arguments["dtype"] = torch.float32
+    verbosity = logging.get_verbosity()
+    if quiet:
+        logging.set_verbosity_error()
+    try:
+        return auto.from_pretrained(str(path), **arguments)
+    except (OSError, ValueError) as error:
+        raise ConfigError(_what_is_wrong(path, error)) from error
+    finally:
+        logging.set_verbosity(verbosity)
+
+
+def _what_is_wrong(path: str | Path, error: Exception) -> str:
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        held = ", ".join(sorted(entry.name for entry in folder.iterdir())[:8]) or "nothing"
+        return f"model folder '{path}' cannot be loaded ({error}); it holds: {held}"
+    if str(path).startswith((".", "/", "~")) or str(path).count("/") > 1:
+        return f"model path '{path}' does not exist (looked in {folder.resolve()}); run the recipe that writes it first"
+    return (
+        f"model '{path}' is neither a folder here nor to be had from the hub ({type(error).__name__}); "
+        "check the name, or the network, or give the path of a downloaded folder"
+    )

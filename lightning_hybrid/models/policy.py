@@ -1,0 +1,122 @@
+"""The policy: a causal language model that answers with log-probs instead of logits."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+
+class PolicyOutput(NamedTuple):
+    """What a policy says about the tokens it was given; zero where nothing was asked.
+
+    Attributes:
+        logprobs: ``[batch, time]`` float32; entry ``t`` is log p(token ``t`` | tokens before ``t``).
+        entropy: ``[batch, time]`` float32, nats; entropy of the distribution that token ``t`` was drawn from.
+    """
+
+    logprobs: Tensor
+    entropy: Tensor
+
+
+class Policy(nn.Module):
+    """Wrap a Hugging Face causal LM so that ``[batch, time, vocab]`` never exists at once.
+
+    The head runs over the asked positions only, ``chunk`` tokens at a time; each chunk's logits are recomputed in the
+    backward pass. The wrapper is the module one engine owns, so that every call of a layer happens inside its forward.
+
+    Args:
+        model: a causal LM (``AutoModelForCausalLM``).
+        chunk: tokens per head call.
+    """
+
+    def __init__(self, model: Any, chunk: int = 1024) -> None:
+        super().__init__()
+        self.model = model
+        self.chunk = chunk
+        self._extra = _extra_arguments(model)
+
+    @property
+    def config(self) -> Any:
+        """The Hugging Face config of the wrapped model."""
+        return self.model.config
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, positions: Tensor, temperature: float = 1.0
+    ) -> PolicyOutput:
+        """Score the tokens at ``positions``.
+
+        Args:
+            input_ids: ``[batch, time]`` long.
+            attention_mask: ``[batch, time]`` bool, True for real tokens; padding may be on either side.
+            positions: ``[batch, time]`` bool, True for the tokens to score. Column 0 has no past and may not be True.
+            temperature: the logits are divided by it.
+
+        Returns:
+            Log-probs and entropies, zero where ``positions`` is False.
+        """
+        hidden = run_trunk(self.model, input_ids, attention_mask, self._extra)
+        asked = positions[:, 1:]
+        flat_hidden, targets = hidden[:, :-1][asked], input_ids[:, 1:][asked]
+        logprobs, entropy = self._score(flat_hidden, targets, temperature)
+        return PolicyOutput(_scatter(logprobs, positions), _scatter(entropy, positions))
+
+    def _score(self, hidden: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        """Log-prob and entropy of each row of ``hidden`` ``[tokens, width]``, both ``[tokens]``."""
+        pieces = [
+            checkpoint(self._score_chunk, h, t, temperature, use_reentrant=False)
+            if torch.is_grad_enabled()
+            else self._score_chunk(h, t, temperature)
+            for h, t in zip(hidden.split(self.chunk), targets.split(self.chunk), strict=True)
+        ]
+        logprobs, entropy = zip(*pieces, strict=True)
+        return torch.cat(logprobs), torch.cat(entropy)
+
+    def _score_chunk(self, hidden: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        logits = head_logits(self.model, hidden).float() / temperature
+        logp = logits.log_softmax(-1)
+        chosen = logp.gather(-1, targets[:, None]).squeeze(-1)
+        return chosen, -(logp.exp() * logp).sum(-1)
+
+
+def _extra_arguments(model: Any) -> frozenset[str]:
+    """Which of the optional arguments the model's trunk understands."""
+    accepted = inspect.signature(model.base_model.forward).parameters
+    return frozenset({"position_ids", "use_cache"} & set(accepted))
+
+
+def run_trunk(model: Any, input_ids: Tensor, attention_mask: Tensor, extra: frozenset[str]) -> Tensor:
+    """Run a model without its head; ``[batch, time, width]`` last hidden states.
+
+    Positions count real tokens only, so that left padding does not shift them.
+    """
+    arguments: dict[str, Any] = {}
+    if "position_ids" in extra:
+        arguments["position_ids"] = (attention_mask.long().cumsum(-1) - 1).clamp_min(0)
+    if "use_cache" in extra:
+        arguments["use_cache"] = False
+    output = model.base_model(input_ids=input_ids, attention_mask=attention_mask.long(), **arguments)
+    hidden: Tensor = output.last_hidden_state
+    return hidden
+
+
+def head_logits(model: Any, hidden: Tensor) -> Tensor:
+    """Apply the model's head to hidden states ``[..., width]``, with the scalings some families add after it."""
+    logits: Tensor = model.get_output_embeddings()(hidden)
+    config = model.config.get_text_config()
+    if (divisor := getattr(config, "logits_scaling", None)) is not None:  # Granite
+        logits = logits / divisor
+    if (factor := getattr(config, "logit_scale", None)) is not None:  # Cohere
+        logits = logits * factor
+    if (cap := getattr(config, "final_logit_softcapping", None)) is not None:  # Gemma 2
+        logits = cap * torch.tanh(logits / cap)
+    return logits
+
+
+def _scatter(values: Tensor, positions: Tensor) -> Tensor:
+    """Put the scored values ``[tokens]`` back where they were asked for, ``[batch, time]``."""
+    full = values.new_zeros(positions.shape)
+    return full.masked_scatter(positions, values)

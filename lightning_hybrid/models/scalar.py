@@ -1,0 +1,61 @@
+"""One number per token: the critic, and the reward model that reads it at the last token."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_hybrid.models.policy import _extra_arguments, run_trunk
+
+
+class ScalarModel(nn.Module):
+    """A decoder trunk with a scalar head, stored as a Hugging Face sequence classifier with one label.
+
+    Args:
+        model: ``AutoModelForSequenceClassification`` of a decoder family, ``num_labels=1``, head named ``score``.
+
+    Raises:
+        TypeError: if the model has no per-token ``score`` head (encoder families).
+    """
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        if not isinstance(getattr(model, "score", None), nn.Linear):
+            raise TypeError(
+                f"{type(model).__name__} has no per-token linear head named 'score'; "
+                "use a decoder family such as Llama, Qwen, GPT-2 or OPT"
+            )
+        self.model = model
+        self._extra = _extra_arguments(model)
+
+    @property
+    def config(self) -> Any:
+        """The Hugging Face config of the wrapped model."""
+        return self.model.config
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Value of each prefix.
+
+        Args:
+            input_ids: ``[batch, time]`` long.
+            attention_mask: ``[batch, time]`` bool, True for real tokens.
+
+        Returns:
+            ``[batch, time]`` float32; entry ``t`` has read the tokens up to and including ``t``.
+        """
+        hidden = run_trunk(self.model, input_ids, attention_mask, self._extra)
+        values: Tensor = self.model.score(hidden).squeeze(-1).float()
+        return values
+
+    def score(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Score of each sequence: the value at its last real token, ``[batch]`` float32."""
+        return last_value(self(input_ids, attention_mask), attention_mask)
+
+
+def last_value(values: Tensor, mask: Tensor) -> Tensor:
+    """Pick from ``values`` ``[batch, time]`` the entry at each row's last True of ``mask``; ``[batch]``."""
+    time = torch.arange(mask.shape[1], device=mask.device)
+    last = torch.where(mask, time, -1).amax(-1).clamp_min(0)
+    return values.gather(1, last[:, None]).squeeze(1)

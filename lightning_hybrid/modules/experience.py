@@ -1,0 +1,72 @@
+"""What PPO learns from: a rollout with scores, log-probs, values, rewards and advantages."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from lightning_hybrid.rollout import Rollout
+
+
+@dataclass(frozen=True)
+class Experience:
+    """One rank's share of an iteration. All ``[batch, time]`` tensors are 0 where ``mask`` is False.
+
+    Attributes:
+        tokens: ``[batch, time]`` long, left-padded prompts and right-padded responses.
+        attention_mask: ``[batch, time]`` bool, True on real tokens.
+        mask: ``[batch, time]`` bool, True on response tokens: what is trained on.
+        scores: ``[batch]`` float32, one per response, as they entered the token rewards.
+        old_logprobs: ``[batch, time]`` float32, under the policy that sampled.
+        ref_logprobs: ``[batch, time]`` float32, under the frozen reference.
+        values: ``[batch, time]`` float32, the critic's value of the state before each token.
+        rewards: ``[batch, time]`` float32, KL penalty on every token, score on the last.
+        advantages: ``[batch, time]`` float32.
+        returns: ``[batch, time]`` float32, what the critic should have said.
+    """
+
+    tokens: Tensor
+    attention_mask: Tensor
+    mask: Tensor
+    scores: Tensor
+    old_logprobs: Tensor
+    ref_logprobs: Tensor
+    values: Tensor
+    rewards: Tensor
+    advantages: Tensor
+    returns: Tensor
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def rows(self, index: Tensor) -> Experience:
+        """The rows ``index`` (long ``[n]``), less the columns that are padding in all of them."""
+        picked = {field.name: getattr(self, field.name)[index] for field in fields(self)}
+        columns = used_columns(picked["attention_mask"])
+        return Experience(**{k: v if v.dim() == 1 else v[:, columns] for k, v in picked.items()})
+
+
+def used_columns(mask: Tensor) -> slice:
+    """From the first to the last column of ``mask`` ``[batch, time]`` that is True anywhere."""
+    used = mask.any(0).nonzero().flatten()
+    return slice(int(used[0]), int(used[-1]) + 1) if len(used) else slice(0, 0)
+
+
+def micro_batches(size: int, micro_batch_size: int) -> Iterator[Tensor]:
+    """Cut ``size`` rows into index tensors of at most ``micro_batch_size``."""
+    yield from torch.arange(size).split(micro_batch_size)
+
+
+def minibatches(size: int, minibatch_size: int, generator: torch.Generator) -> list[Tensor]:
+    """Cut ``size`` rows at random into minibatches; one that holds them all keeps their order."""
+    order = torch.arange(size) if minibatch_size >= size else torch.randperm(size, generator=generator)
+    return list(order.split(minibatch_size))
+
+
+def state_values(values: Tensor, rollout: Rollout) -> Tensor:
+    """Align a critic's output with the tokens: the value before token ``t`` is what the critic says at ``t - 1``."""
+    shifted = torch.roll(values, 1, dims=1)
+    return shifted.masked_fill(~rollout.response_mask, 0.0)

@@ -1,0 +1,86 @@
+"""What a PPO iteration logs; every figure is the same on all ranks."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from lightning_hybrid.modules.experience import Experience
+from lightning_hybrid.rl import estimate_kl
+from lightning_hybrid.rollout import Rollout
+
+if TYPE_CHECKING:
+    from lightning_hybrid.modules.ppo import PPOModule
+
+
+def rollout_metrics(module: PPOModule, rollout: Rollout, experience: Experience) -> dict[str, float]:
+    """Figures of the responses: reward, KL to the reference (nats per response), lengths, rollout against training."""
+    mask = experience.mask
+    kl = estimate_kl(experience.old_logprobs, experience.ref_logprobs, module.config.kl_estimator)
+    gap = (rollout.policy_logprobs - experience.old_logprobs).abs().masked_fill(~mask, 0.0)
+    if module.rollout_config.temperature != 1.0:
+        gap = (rollout.sampling_logprobs - experience.old_logprobs).abs().masked_fill(~mask, 0.0)
+    returns, values = experience.returns[mask].double(), experience.values[mask].double()
+    raw = module.raw_scores.double()
+    sums = module._sum_over_ranks(
+        torch.stack(
+            [
+                torch.tensor(float(len(experience)), dtype=torch.float64, device=mask.device),
+                mask.sum().double(),
+                raw.sum(),
+                raw.square().sum(),
+                experience.scores.double().sum(),
+                kl.masked_fill(~mask, 0.0).double().sum(),
+                rollout.finished.double().sum(),
+                gap.double().sum(),
+                *_spread(returns - values),
+                *_spread(returns),
+            ]
+        )
+    )
+    rows, tokens, score, square, scaled, kl_sum, ended, gap_sum, e1, e2, r1, r2 = sums.tolist()
+    largest_gap = module.trainer.strategy.reduce(gap.max(), reduce_op="max")
+    return {
+        "reward/score": score / rows,
+        "reward/score_std": max(square / rows - (score / rows) ** 2, 0.0) ** 0.5,
+        "reward/entered": scaled / rows,
+        "policy/kl": kl_sum / rows,
+        "policy/kl_coef": module.kl_controller.value,
+        "rollout/response_length": tokens / rows,
+        "rollout/eos_rate": ended / rows,
+        "rollout/logprob_gap_mean": gap_sum / tokens,
+        "rollout/logprob_gap_max": float(largest_gap),
+        "value/explained_variance": _explained(e1, e2, r1, r2, tokens),
+    }
+
+
+def update_metrics(module: PPOModule, update: dict[str, float], rollout: Rollout) -> dict[str, float]:
+    """Figures of the optimization steps, the seconds of each phase and tokens per second, over all ranks."""
+    seconds = dict(module.phases.seconds)
+    tokens = float(module._sum_over_ranks(rollout.response_mask.sum().float()))
+    policy = ("policy_loss", "entropy", "clip_fraction", "ratio_mean", "ratio_max", "approx_kl", "stopped_early")
+    metrics = {f"policy/{name.removeprefix('policy_')}": update[name] for name in policy}
+    metrics |= {"value/loss": update["value_loss"], "value/clip_fraction": update["value_clip_fraction"]}
+    metrics |= {f"seconds/{name}": value for name, value in seconds.items()}
+    metrics |= {
+        "throughput/rollout_tokens_per_second": tokens / seconds["rollout"],
+        "throughput/update_tokens_per_second": tokens * module.config.epochs / seconds["update"],
+        "optimizer_steps": float(module.optimizer_steps),
+        "lr": module.trainer.optimizers[0].param_groups[0]["lr"],
+    }
+    engine = module._engine("actor").timings.metrics()
+    return metrics | {f"engine/{name}": value for name, value in engine.items()}
+
+
+def _spread(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum and sum of squares."""
+    return x.sum(), x.square().sum()
+
+
+def _explained(error: float, error_square: float, total: float, total_square: float, count: float) -> float:
+    """1 - Var(error) / Var(returns); 0 where the returns do not vary."""
+    variance = total_square / count - (total / count) ** 2
+    left = error_square / count - (error / count) ** 2
+    return 1.0 - left / variance if variance > 1e-12 else 0.0

@@ -1,0 +1,35 @@
+"""Forward passes over a rollout, a micro-batch at a time."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lightning_hybrid.models import Policy, ScalarModel
+from lightning_hybrid.modules.experience import micro_batches, used_columns
+from lightning_hybrid.rollout import Rollout
+
+
+@torch.no_grad()
+def policy_logprobs(policy: Policy, rollout: Rollout, micro_batch_size: int, temperature: float = 1.0) -> Tensor:
+    """Log-probs of the sampled tokens, ``[batch, time]`` float32, 0 outside the responses."""
+    attention, response = rollout.attention_mask, rollout.response_mask
+    result = torch.zeros_like(rollout.policy_logprobs)
+    for rows in micro_batches(len(result), micro_batch_size):
+        columns = used_columns(attention[rows])
+        output = policy(
+            rollout.tokens[rows, columns], attention[rows, columns], response[rows, columns], temperature=temperature
+        )
+        result[rows, columns] = output.logprobs
+    return result
+
+
+@torch.no_grad()
+def critic_values(critic: ScalarModel, rollout: Rollout, micro_batch_size: int) -> Tensor:
+    """What the critic says at each token, ``[batch, time]`` float32, 0 where everything is padding."""
+    attention = rollout.attention_mask
+    result = torch.zeros_like(rollout.policy_logprobs)
+    for rows in micro_batches(len(result), micro_batch_size):
+        columns = used_columns(attention[rows])
+        result[rows, columns] = critic(rollout.tokens[rows, columns], attention[rows, columns])
+    return result

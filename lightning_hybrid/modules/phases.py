@@ -1,0 +1,33 @@
+"""Which phase of an iteration is running, and how long each took."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+
+class Phases:
+    """Name and time the phases of an iteration.
+
+    Example::
+
+        with phases("rollout"):
+            ...
+        phases.seconds["rollout"]
+    """
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self.listeners: list[Callable[[str], None]] = []
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        """Run a block as the phase ``name``; its seconds replace those of the previous iteration."""
+        for listener in self.listeners:
+            listener(name)
+        begin = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = time.perf_counter() - begin

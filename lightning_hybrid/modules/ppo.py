@@ -1,0 +1,289 @@
+"""Proximal policy optimization inside ``Trainer.fit``."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import lightning as L
+import torch
+from torch import Tensor
+
+from lightning_hybrid.config import PPOConfig, RolloutConfig
+from lightning_hybrid.errors import ConfigError
+from lightning_hybrid.models import Policy, ScalarModel, load_policy, load_scalar, load_tokenizer
+from lightning_hybrid.modules.experience import Experience, state_values
+from lightning_hybrid.modules.metrics import rollout_metrics, update_metrics
+from lightning_hybrid.modules.optimization import make_adamw, make_schedule
+from lightning_hybrid.modules.passes import critic_values, policy_logprobs
+from lightning_hybrid.modules.phases import Phases
+from lightning_hybrid.modules.text import decode_responses
+from lightning_hybrid.modules.update import PPOUpdate
+from lightning_hybrid.rewards import LearnedReward, RewardCallable, RewardFunction, agree
+from lightning_hybrid.rl import (
+    AdaptiveKLController,
+    FixedKLController,
+    KLController,
+    RunningMoments,
+    gae,
+    moments,
+    token_rewards,
+    whiten,
+)
+from lightning_hybrid.rollout import Rollout, make_backend
+from lightning_hybrid.strategy import EngineSpec, HybridDeepSpeedStrategy
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class PPOModule(L.LightningModule):
+    """Actor, critic, frozen reference and reward in one LightningModule; one ``training_step`` is one PPO iteration.
+
+    An iteration samples a response to each prompt of the batch, scores it, and takes ``epochs × minibatches`` optimizer
+    steps. ``max_steps``, ``every_n_train_steps``, learning-rate schedules and the logger's step all count iterations;
+    the optimizer steps inside are logged as ``optimizer_steps``.
+
+    Args:
+        actor: a :class:`~lightning_hybrid.models.Policy`, or the path or hub name of a causal LM.
+        reward: a function ``(prompts, responses) -> one number per response``, a
+            :class:`~lightning_hybrid.models.ScalarModel`, or the path of a reward model's folder.
+        config: of the algorithm.
+        rollout: of the sampling.
+        tokenizer: the policy's; read from ``actor`` where that is a path.
+        critic: path of the folder that the critic starts from; by default the reward model's weights where there is
+            one, else the actor's trunk with a zero head.
+        reference: path of the frozen reference; by default a copy of the actor as given.
+        reward_tokenizer: the reward model's; read from its path, else the policy's.
+        seed: of sampling and of the order of minibatches.
+
+    Raises:
+        ConfigError: if a tokenizer is needed and none was given.
+    """
+
+    def __init__(
+        self,
+        actor: Policy | str | Path,
+        reward: RewardCallable | ScalarModel | str | Path,
+        config: PPOConfig | None = None,
+        rollout: RolloutConfig | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        critic: ScalarModel | str | Path | None = None,
+        reference: Policy | str | Path | None = None,
+        reward_tokenizer: PreTrainedTokenizerBase | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.config = config or PPOConfig()
+        self.rollout_config = rollout or RolloutConfig()
+        self.seed = seed
+        self.tokenizer = tokenizer or _tokenizer_beside(actor, "tokenizer")
+        self.actor = _policy(actor, self.config.logprob_chunk)
+        self.reference = copy.deepcopy(self.actor) if reference is None else _policy(reference, self.config.logprob_chunk)
+        self.reward_model, self.reward = self._reward_source(reward, reward_tokenizer)
+        self.critic = self._critic_start(critic)
+        self.kl_controller = _kl_controller(self.config)
+        self.score_moments = RunningMoments()
+        self.phases = Phases()
+        self.optimizer_steps = 0
+        eos = self.tokenizer.eos_token_id
+        pad = self.tokenizer.pad_token_id
+        self.backend = make_backend(self.rollout_config, [] if eos is None else [eos], 0 if pad is None else pad)
+
+    def _reward_source(self, reward: Any, tokenizer: PreTrainedTokenizerBase | None) -> tuple[Any, Any]:
+        """The reward model, if the reward is one, and what scores texts."""
+        if not isinstance(reward, ScalarModel | str | Path):
+            return None, RewardFunction(reward)
+        model = reward if isinstance(reward, ScalarModel) else load_scalar(reward)
+        if tokenizer is None:
+            tokenizer = load_tokenizer(reward) if isinstance(reward, str | Path) else self.tokenizer
+        return model, LearnedReward(model, tokenizer)
+
+    def _critic_start(self, critic: ScalarModel | str | Path | None) -> ScalarModel:
+        if isinstance(critic, ScalarModel):
+            return critic
+        if critic is not None:
+            return load_scalar(critic)
+        if self.reward_model is not None and self.reward_model.config.vocab_size == self.actor.config.vocab_size:
+            return copy.deepcopy(self.reward_model)
+        return scalar_from_policy(self.actor)
+
+    # ---- what the Trainer asks for ---------------------------------------------------------------------------------
+
+    def configure_engines(self) -> dict[str, EngineSpec]:
+        """A hybrid engine for the actor, a plain one for the critic, evaluation engines for what is frozen."""
+        clipping = {"gradient_clipping": self.config.max_grad_norm or 0.0}
+        specs = {
+            "actor": EngineSpec("hybrid", clipping),
+            "critic": EngineSpec("train", clipping),
+            "reference": EngineSpec("frozen"),
+        }
+        if self.reward_model is not None:
+            specs["reward_model"] = EngineSpec("frozen")
+        return specs
+
+    def configure_optimizers(self) -> Any:
+        """One AdamW for the actor and one for the critic, with schedules that count iterations."""
+        config = self.config
+        if not isinstance(self.trainer.strategy, HybridDeepSpeedStrategy):
+            raise ConfigError(
+                f"PPOModule generates with its training engine and runs under strategy='hybrid_deepspeed'; "
+                f"the Trainer has {type(self.trainer.strategy).__name__}"
+            )
+        configured = []
+        for model, lr in ((self.actor, config.actor_lr), (self.critic, config.critic_lr)):
+            optimizer = make_adamw(model.parameters(), lr, config.weight_decay, config.betas)
+            schedule = make_schedule(
+                optimizer, config.schedule, config.warmup_steps, self.trainer.estimated_stepping_batches
+            )
+            configured.append({"optimizer": optimizer, "lr_scheduler": schedule})
+        return configured
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        """One PPO iteration on a batch of prompts, see :class:`~lightning_hybrid.data.PromptDataModule`."""
+        strategy: Any = self.trainer.strategy
+        with strategy.one_global_step():
+            with self.phases("rollout"):
+                rollout = self.roll_out(batch["prompt_ids"])
+            with self.phases("reward"):
+                scores = self.score(batch["prompts"], rollout)
+            with self.phases("experience"):
+                experience = self.gain_experience(rollout, scores)
+            with self.phases("update"):
+                update = PPOUpdate(self, strategy).run(experience)
+            self._finish(rollout, experience, update)
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        """Log ``val/score``, ``val/response_length`` and ``val/eos_rate`` of sampled responses to held-out prompts."""
+        rollout = self.roll_out(batch["prompt_ids"], stream=batch_idx + 1)
+        scores = self._raw_scores(batch["prompts"], rollout)
+        metrics = {
+            "val/score": scores.mean(),
+            "val/response_length": rollout.lengths.float().mean(),
+            "val/eos_rate": rollout.finished.float().mean(),
+        }
+        self.log_dict(metrics, batch_size=len(scores), sync_dist=True)
+
+    # ---- the stages of an iteration ----------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def roll_out(self, prompt_ids: list[list[int]], stream: int = 0, greedy: bool = False) -> Rollout:
+        """Switch the actor to inference, sample a response to each prompt, and leave it in evaluation mode.
+
+        Args:
+            prompt_ids: token ids of each prompt.
+            stream: tells apart rollouts of the same iteration and rank.
+            greedy: take the most probable tokens.
+        """
+        engine = self._engine("actor")
+        engine.eval()
+        seed = hash((self.seed, self.global_step, self.global_rank, stream)) % 2**63
+        return self.backend.generate(engine, prompt_ids, seed=seed, greedy=greedy)
+
+    def score(self, prompts: list[str], rollout: Rollout) -> Tensor:
+        """Scores as they enter the token rewards, ``[batch]``: normalised if configured, less the EOS penalty."""
+        scores = self._raw_scores(prompts, rollout)
+        self.raw_scores = scores
+        if self.config.normalize_reward:
+            for chunk in self.all_gather(moments(scores)).reshape(-1, 3).tolist():
+                self.score_moments.update(*chunk)
+            scores = scores / max(self.score_moments.std, 1e-4)
+        if self.config.missing_eos_penalty is not None:
+            scores = scores - self.config.missing_eos_penalty * (~rollout.finished).float()
+        return scores
+
+    def _raw_scores(self, prompts: list[str], rollout: Rollout) -> Tensor:
+        """The reward's own numbers; a rank whose reward fails stops every rank."""
+        responses = decode_responses(self.tokenizer, rollout)
+        result: Tensor | Exception
+        try:
+            result = self.reward(prompts, responses)
+        except Exception as error:
+            result = error
+        scores: Tensor = agree(result)
+        return scores.to(self.device)
+
+    @torch.no_grad()
+    def gain_experience(self, rollout: Rollout, scores: Tensor) -> Experience:
+        """Add log-probs, values, rewards and advantages to a rollout."""
+        config, mask = self.config, rollout.response_mask
+        size = config.micro_batch_size
+        old = policy_logprobs(self.actor, rollout, size, self.rollout_config.temperature)
+        ref = policy_logprobs(self.reference, rollout, size, self.rollout_config.temperature)
+        values = state_values(critic_values(self.critic, rollout, size), rollout)
+        rewards = token_rewards(scores, old, ref, mask, self.kl_controller.value, config.reward_clip)
+        advantages, returns = gae(rewards, values, mask, config.gamma, config.lam)
+        if config.whiten_advantages:
+            advantages = whiten(advantages, mask, reduce=self._sum_over_ranks)
+        return Experience(
+            tokens=rollout.tokens,
+            attention_mask=rollout.attention_mask,
+            mask=mask,
+            scores=scores,
+            old_logprobs=old,
+            ref_logprobs=ref,
+            values=values,
+            rewards=rewards,
+            advantages=advantages,
+            returns=returns,
+        )
+
+    def _finish(self, rollout: Rollout, experience: Experience, update: dict[str, float]) -> None:
+        """Adjust the KL coefficient, step the schedules, log."""
+        metrics = rollout_metrics(self, rollout, experience)
+        self.kl_controller.update(metrics["policy/kl"], len(experience) * self.trainer.world_size)
+        for schedule in self.lr_schedulers():  # type: ignore[union-attr]
+            schedule.step()
+        self.last_rollout = rollout
+        self.log_dict(metrics | update_metrics(self, update, rollout), batch_size=len(experience))
+        self.log_dict({"score": metrics["reward/score"], "kl": metrics["policy/kl"]}, prog_bar=True, logger=False)
+
+    def _engine(self, name: str) -> Any:
+        """The engine of a child, or the child itself outside ``fit``."""
+        engines = getattr(self.trainer.strategy, "engines", {})
+        return engines.get(name, getattr(self, name))
+
+    def _sum_over_ranks(self, x: Tensor) -> Tensor:
+        reduced: Tensor = self.trainer.strategy.reduce(x.clone(), reduce_op="sum")
+        return reduced
+
+    # ---- state -------------------------------------------------------------------------------------------------------
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the KL controller and the running moments of the scores."""
+        checkpoint["ppo"] = {"kl": self.kl_controller.state_dict(), "scores": self.score_moments.state_dict()}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Go on with the KL controller and the running moments of the scores."""
+        self.kl_controller.load_state_dict(checkpoint["ppo"]["kl"])
+        self.score_moments.load_state_dict(checkpoint["ppo"]["scores"])
+
+
+def scalar_from_policy(policy: Policy) -> ScalarModel:
+    """A critic with a copy of the policy's trunk and a head of zeros."""
+    from transformers import AutoModelForSequenceClassification
+
+    config = copy.deepcopy(policy.config)
+    config.num_labels = 1
+    model = AutoModelForSequenceClassification.from_config(config)
+    model.base_model.load_state_dict(policy.model.base_model.state_dict())
+    torch.nn.init.zeros_(model.score.weight)
+    return ScalarModel(model)
+
+
+def _policy(actor: Policy | str | Path, chunk: int) -> Policy:
+    return actor if isinstance(actor, Policy) else load_policy(actor, chunk)
+
+
+def _tokenizer_beside(model: Any, name: str) -> PreTrainedTokenizerBase:
+    if not isinstance(model, str | Path):
+        raise ConfigError(f"{name} is required where the model is given as a module: there is no folder to read it from")
+    return load_tokenizer(model)
+
+
+def _kl_controller(config: PPOConfig) -> KLController:
+    if config.kl_target is None:
+        return FixedKLController(config.kl_coef)
+    return AdaptiveKLController(config.kl_coef, config.kl_target, config.kl_horizon)

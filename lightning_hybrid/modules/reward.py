@@ -1,0 +1,72 @@
+"""Reward modelling from preferences."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+
+from lightning_hybrid.config import RewardConfig
+from lightning_hybrid.models import ScalarModel, last_value, load_scalar
+from lightning_hybrid.modules.optimization import make_adamw, make_schedule
+from lightning_hybrid.rl import preference_loss
+
+
+class RewardModule(L.LightningModule):
+    """Bradley–Terry: the chosen text should score higher than the rejected one (Ouyang et al. 2022, equation 1).
+
+    Args:
+        model: a :class:`~lightning_hybrid.models.ScalarModel`, or the path or hub name of a causal LM or reward model.
+        config: learning rate and schedule.
+    """
+
+    def __init__(self, model: ScalarModel | str | Path, config: RewardConfig | None = None) -> None:
+        super().__init__()
+        self.model = model if isinstance(model, ScalarModel) else load_scalar(model)
+        self.config = config or RewardConfig()
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        """Loss of one batch of pairs, see :class:`~lightning_hybrid.data.PreferenceDataModule`."""
+        loss, chosen, rejected = self._compare(batch)
+        self.log_dict(_agreement(loss, chosen, rejected), prog_bar=True)
+        return loss
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        """Log ``val/loss``, ``val/accuracy`` and ``val/margin``."""
+        loss, chosen, rejected = self._compare(batch)
+        metrics = {f"val/{name}": value for name, value in _agreement(loss, chosen, rejected).items()}
+        self.log_dict(metrics, batch_size=len(chosen), sync_dist=True, prog_bar=True)
+
+    def _compare(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+        """Score both sides of each pair; one forward pass for all, so that ZeRO-3 gathers once."""
+        chosen, rejected = batch["chosen"], batch["rejected"]
+        tokens = _stack(chosen["input_ids"], rejected["input_ids"])
+        mask = _stack(chosen["attention_mask"], rejected["attention_mask"])
+        values = self.model(tokens, mask)
+        scores_chosen, scores_rejected = last_value(values, mask).chunk(2)
+        loss = preference_loss(scores_chosen, scores_rejected, batch.get("margin"))
+        return loss, scores_chosen.detach(), scores_rejected.detach()
+
+    def configure_optimizers(self) -> Any:
+        """AdamW with a schedule that steps with the optimizer."""
+        config = self.config
+        optimizer = make_adamw(self.model.parameters(), config.lr, config.weight_decay, config.betas)
+        total = self.trainer.estimated_stepping_batches
+        schedule = make_schedule(optimizer, config.schedule, config.warmup_steps, total)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def _agreement(loss: Tensor, chosen: Tensor, rejected: Tensor) -> dict[str, Tensor]:
+    """Loss, share of pairs in the right order (ties count half), and mean lead of the chosen."""
+    lead = chosen - rejected
+    return {"loss": loss.detach(), "accuracy": (lead.sign() / 2 + 0.5).mean(), "margin": lead.mean()}
+
+
+def _stack(first: Tensor, second: Tensor) -> Tensor:
+    """Put two right-padded batches on top of each other, padding the narrower one with zeros (masked)."""
+    width = max(first.shape[1], second.shape[1])
+    return torch.cat([torch.nn.functional.pad(x, (0, width - x.shape[1])) for x in (first, second)])
+

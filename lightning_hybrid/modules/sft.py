@@ -1,0 +1,54 @@
+"""Supervised fine-tuning on responses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from torch import Tensor
+
+from lightning_hybrid.config import SFTConfig
+from lightning_hybrid.models import Policy, load_policy
+from lightning_hybrid.modules.optimization import make_adamw, make_schedule
+from lightning_hybrid.rl import masked_mean
+
+
+class SFTModule(L.LightningModule):
+    """Next-token cross-entropy, averaged over the tokens that count (responses and their EOS).
+
+    Args:
+        policy: a :class:`~lightning_hybrid.models.Policy`, or the path or hub name of a causal LM.
+        config: learning rate and schedule.
+    """
+
+    def __init__(self, policy: Policy | str | Path, config: SFTConfig | None = None) -> None:
+        super().__init__()
+        self.policy = policy if isinstance(policy, Policy) else load_policy(policy)
+        self.config = config or SFTConfig()
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        """Loss of one batch of instructions, see :class:`~lightning_hybrid.data.InstructionDataModule`."""
+        loss, _ = self._loss(batch)
+        self.log("loss", loss.detach(), prog_bar=True)
+        return loss
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        """Log ``val/loss``, in nats per token."""
+        loss, count = self._loss(batch)
+        self.log("val/loss", loss, batch_size=int(count), sync_dist=True, prog_bar=True)
+
+    def _loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Mean negative log-prob over the counted tokens, and their number."""
+        counts = batch["loss_mask"].clone()
+        counts[:, 0] = False  # the first token has no past to be predicted from
+        output = self.policy(batch["input_ids"], batch["attention_mask"], counts)
+        return -masked_mean(output.logprobs, counts), counts.sum()
+
+    def configure_optimizers(self) -> Any:
+        """AdamW with a schedule that steps with the optimizer."""
+        config = self.config
+        optimizer = make_adamw(self.policy.parameters(), config.lr, config.weight_decay, config.betas)
+        total = self.trainer.estimated_stepping_batches
+        schedule = make_schedule(optimizer, config.schedule, config.warmup_steps, total)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

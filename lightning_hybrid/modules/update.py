@@ -1,0 +1,170 @@
+"""The optimization steps of one PPO iteration."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from lightning_hybrid.engines import backward, discard_gradients
+from lightning_hybrid.errors import ConfigError
+from lightning_hybrid.modules.experience import Experience, micro_batches, minibatches
+from lightning_hybrid.rl import aggregate, policy_loss, value_loss
+
+if TYPE_CHECKING:
+    from lightning_hybrid.modules.ppo import PPOModule
+    from lightning_hybrid.strategy import HybridDeepSpeedStrategy
+
+
+class PPOUpdate:
+    """Train actor and critic on one iteration's experience.
+
+    The loss of a minibatch is an average over all its tokens (or sequences) on all ranks, however it is cut into
+    micro-batches and over however many ranks it is spread: the gradient does not depend on either.
+
+    Args:
+        module: whose actor and critic to train.
+        strategy: whose engines hold them.
+    """
+
+    def __init__(self, module: PPOModule, strategy: HybridDeepSpeedStrategy) -> None:
+        self.module = module
+        self.config = module.config
+        self.strategy = strategy
+        self.world_size = strategy.world_size
+        self.actor, self.critic = strategy.engines["actor"], strategy.engines["critic"]
+        self.metrics: dict[str, list[float]] = defaultdict(list)
+
+    def run(self, experience: Experience) -> dict[str, float]:
+        """Take ``epochs × minibatches`` steps, fewer if the policy moves beyond ``early_stop_kl``.
+
+        Returns:
+            Metrics, each a mean over the steps taken (``ratio_max``: the largest), equal on all ranks.
+        """
+        size = self._local_minibatch(len(experience))
+        self.actor.train()
+        self.critic.train()
+        for epoch in range(self.config.epochs):
+            for rows in minibatches(len(experience), size, self._generator(epoch)):
+                if not self._step(experience, rows):
+                    return self._summary(stopped_early=1.0)
+        return self._summary(stopped_early=0.0)
+
+    def _local_minibatch(self, rows: int) -> int:
+        wanted = self.config.minibatch_size
+        if wanted is None:
+            return rows
+        if wanted % self.world_size or rows % (wanted // self.world_size):
+            raise ConfigError(
+                f"algorithm.minibatch_size={wanted} over {self.world_size} ranks does not divide a rollout of {rows} "
+                f"sequences per rank: choose a multiple of {self.world_size} that divides {rows * self.world_size}"
+            )
+        return wanted // self.world_size
+
+    def _generator(self, epoch: int) -> torch.Generator:
+        module = self.module
+        return torch.Generator().manual_seed(hash((module.seed, module.global_step, epoch)) % 2**63)
+
+    def _step(self, experience: Experience, rows: Tensor) -> bool:
+        """Accumulate a minibatch's gradients and step both engines; False if the policy moved too far already."""
+        sums: dict[str, Tensor] = {}
+        denominator = self._denominator(experience.mask[rows])
+        for index in micro_batches(len(rows), self.config.micro_batch_size):
+            part = experience.rows(rows[index])
+            _accumulate(sums, self._train_actor(part, denominator))
+            _accumulate(sums, self._train_critic(part, denominator))
+        metrics = self._over_ranks(sums, experience.mask[rows].sum())
+        too_far = self.config.early_stop_kl is not None and metrics["approx_kl"] > self.config.early_stop_kl
+        for name, value in metrics.items():
+            self.metrics[name].append(value)
+        self._apply(self.actor, not too_far and not self._actor_is_waiting())
+        self._apply(self.critic, not too_far)
+        return not too_far
+
+    def _actor_is_waiting(self) -> bool:
+        return self.module.global_step < self.config.critic_warmup_steps
+
+    def _apply(self, engine: Any, keep: bool) -> None:
+        if not keep:
+            discard_gradients(engine)
+            return
+        engine.step()
+        self.module.optimizer_steps += 1 if engine is self.actor else 0
+
+    def _denominator(self, mask: Tensor) -> Tensor:
+        """Tokens (or sequences) of the minibatch over all ranks, per rank: engines average gradients over ranks."""
+        count = mask.sum() if self.config.aggregation == "token_mean" else mask.any(1).sum()
+        return self.module._sum_over_ranks(count.float()) / self.world_size
+
+    def _train_actor(self, part: Experience, denominator: Tensor) -> dict[str, Tensor]:
+        config, module = self.config, self.module
+        output = module.actor(
+            part.tokens, part.attention_mask, part.mask, temperature=module.rollout_config.temperature
+        )
+        norm = float(module.rollout_config.max_new_tokens)
+        loss, metrics = policy_loss(
+            output.logprobs,
+            part.old_logprobs,
+            part.advantages,
+            part.mask,
+            config.clip_low,
+            config.clip_high,
+            config.dual_clip,
+            config.aggregation,
+            norm=norm,
+            denominator=denominator,
+        )
+        entropy = aggregate(output.entropy, part.mask, config.aggregation, norm=norm, denominator=denominator)
+        total = loss - config.entropy_coef * entropy if config.entropy_coef else loss
+        backward(total, [self.actor])
+        tokens = part.mask.sum()
+        return {
+            "policy_loss": loss.detach(),
+            "entropy": (output.entropy.detach() * part.mask).sum(),
+            "ratio_max": metrics["ratio_max"],
+            **{name: metrics[name] * tokens for name in ("clip_fraction", "ratio_mean", "approx_kl")},
+        }
+
+    def _train_critic(self, part: Experience, denominator: Tensor) -> dict[str, Tensor]:
+        config = self.config
+        said = self.module.critic(part.tokens, part.attention_mask)
+        values = torch.roll(said, 1, dims=1).masked_fill(~part.mask, 0.0)
+        loss, metrics = value_loss(
+            values,
+            part.values,
+            part.returns,
+            part.mask,
+            config.value_clip,
+            config.aggregation,
+            norm=float(self.module.rollout_config.max_new_tokens),
+            denominator=denominator,
+        )
+        backward(loss, [self.critic])
+        return {"value_loss": loss.detach(), "value_clip_fraction": metrics["value_clip_fraction"] * part.mask.sum()}
+
+    def _over_ranks(self, sums: dict[str, Tensor], tokens: Tensor) -> dict[str, float]:
+        """Global means from this rank's sums; one reduction for all of them."""
+        largest = self.strategy.reduce(sums.pop("ratio_max").clone(), reduce_op="max")
+        names = list(sums)
+        stacked = torch.stack([*(sums[name].float() for name in names), tokens.float()])
+        *totals, count = self.module._sum_over_ranks(stacked).tolist()
+        # Losses are already averages of the minibatch, scaled for engines that average over ranks.
+        per = {name: self.world_size if name.endswith("loss") else max(count, 1.0) for name in names}
+        return {"ratio_max": float(largest)} | {
+            name: total / per[name] for name, total in zip(names, totals, strict=True)
+        }
+
+    def _summary(self, stopped_early: float) -> dict[str, float]:
+        mean = {name: sum(values) / len(values) for name, values in self.metrics.items()}
+        return mean | {"ratio_max": max(self.metrics["ratio_max"]), "stopped_early": stopped_early}
+
+
+def _accumulate(sums: dict[str, Tensor], new: dict[str, Tensor]) -> None:
+    """Add up sums, and keep the largest of the maxima."""
+    for name, value in new.items():
+        if name not in sums:
+            sums[name] = value
+        else:
+            sums[name] = torch.maximum(sums[name], value) if name.endswith("_max") else sums[name] + value

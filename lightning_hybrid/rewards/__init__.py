@@ -1,0 +1,10 @@
+"""Rewards: text in, one finite score per response out, or an error that names the sample on every rank."""
+
+from __future__ import annotations
+
+from lightning_hybrid.rewards.distributed import agree
+from lightning_hybrid.rewards.function import RewardCallable, RewardFunction
+from lightning_hybrid.rewards.learned import LearnedReward
+from lightning_hybrid.rewards.load import load_reward_function
+
+__all__ = ["LearnedReward", "RewardCallable", "RewardFunction", "agree", "load_reward_function"]

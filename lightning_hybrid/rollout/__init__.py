@@ -1,0 +1,32 @@
+"""From prompts to responses. A backend has one method, ``generate``; which one runs is a line in :data:`BACKENDS`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, Protocol
+
+from lightning_hybrid.rollout.carrier import Rollout, pad_left
+
+if TYPE_CHECKING:
+    from lightning_hybrid.config import RolloutConfig
+
+__all__ = ["BACKENDS", "Rollout", "RolloutBackend", "make_backend", "pad_left"]
+
+# Name in the configuration → module and class.
+BACKENDS = {"hf": ("lightning_hybrid.rollout.hf", "HFRollout")}
+
+
+class RolloutBackend(Protocol):
+    """What generates."""
+
+    def generate(self, engine: Any, prompts: Sequence[Sequence[int]], seed: int, greedy: bool = False) -> Rollout:
+        """Sample one response per prompt with the engine's weights."""
+        ...
+
+
+def make_backend(config: RolloutConfig, eos_ids: Sequence[int], pad_id: int) -> RolloutBackend:
+    """The backend that ``config.backend`` names."""
+    module, name = BACKENDS[config.backend]
+    backend: RolloutBackend = getattr(import_module(module), name)(config, eos_ids, pad_id)
+    return backend

@@ -1,0 +1,47 @@
+"""PPO: a policy learns to write what a reward model or a Python function prefers, held near its start by a KL penalty.
+
+One step of the Trainer is one iteration: rollout, reward, experience, update. Out comes a Hugging Face folder,
+``<output_dir>/model``, and sampled responses in ``<output_dir>/samples.jsonl``.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import lightning as L
+
+from lightning_hybrid.assemble import data_arguments, make_policy, make_tokenizer, make_trainer
+from lightning_hybrid.callbacks import HFExport, SampleLog
+from lightning_hybrid.config import PPORun
+from lightning_hybrid.config.run import recipe_main
+from lightning_hybrid.data import PromptDataModule
+from lightning_hybrid.modules import PPOModule
+from lightning_hybrid.rewards import load_reward_function
+
+
+def train_ppo(run: PPORun, stage: str = "ppo") -> Path:
+    """Train and return the folder of the policy."""
+    L.seed_everything(run.seed, verbose=False)
+    tokenizer = make_tokenizer(run.model)
+    policy = make_policy(run.model, tokenizer, run.algorithm.logprob_chunk)
+    arguments = data_arguments(run.data, tokenizer, policy)
+    data = PromptDataModule(**arguments, max_new_tokens=run.rollout.max_new_tokens)
+    module = PPOModule(
+        policy,
+        reward=run.reward.path or load_reward_function(str(run.reward.function)),
+        config=run.algorithm,
+        rollout=run.rollout,
+        tokenizer=tokenizer,
+        critic=run.model.critic,
+        reference=run.model.reference,
+        seed=run.seed,
+    )
+    folder = Path(run.output_dir) / "model"
+    samples = SampleLog(Path(run.output_dir) / "samples.jsonl")
+    trainer = make_trainer(run, stage, HFExport(folder, "actor", tokenizer), [samples])
+    trainer.fit(module, datamodule=data, ckpt_path=run.ckpt_path)
+    return folder
+
+
+if __name__ == "__main__":
+    recipe_main("ppo", PPORun, train_ppo)
