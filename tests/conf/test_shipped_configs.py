@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from typing import Any
 
 import pytest
 from omegaconf import OmegaConf
@@ -77,7 +78,8 @@ def test_experiment_holds_differences_only(experiment: str) -> None:
     """A value that equals the default has no place in an experiment."""
     recipe = experiment.split("/")[1]
     default = compose_run(recipe, SCHEMAS[recipe], NEEDED[recipe]).model_dump()
-    changes = OmegaConf.load(conf_dir() / "experiment" / f"{experiment}.yaml")
+    file = conf_dir() / "experiment" / f"{experiment}.yaml"
+    changes: Any = OmegaConf.to_container(OmegaConf.load(file), resolve=False)
     repeated = [
         f"{group}.{key}"
         for group, values in changes.items()

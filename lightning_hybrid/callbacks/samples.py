@@ -1,0 +1,62 @@
+"""What the policy wrote, kept while it trains."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from typing_extensions import override
+
+from lightning_hybrid.errors import ConfigError
+from lightning_hybrid.modules.text import decode_responses
+
+
+class SampleLog(L.Callback):
+    """Append sampled responses to a JSON Lines file: one ``{"step", "prompt", "response", "score"}`` per line.
+
+    ``step`` counts finished iterations, and ``score`` is the reward's own number. The first iteration is logged, and
+    every ``every``-th after it, by global rank 0 only.
+
+    Args:
+        path: the file; its folder is made where it is missing.
+        every: iterations from one entry to the next.
+        rows: responses in an entry, the first ones of the batch.
+
+    Raises:
+        ConfigError: if ``every`` or ``rows`` is below 1, or, in training, if the module samples no responses.
+    """
+
+    def __init__(self, path: str | Path, every: int = 10, rows: int = 4) -> None:
+        if every < 1 or rows < 1:
+            raise ConfigError(f"SampleLog needs every >= 1 and rows >= 1, got every={every} and rows={rows}")
+        self.path = Path(path)
+        self.every = every
+        self.rows = rows
+
+    @override
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Write an entry where one is due."""
+        if not trainer.is_global_zero or (trainer.global_step - 1) % self.every:
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a", encoding="utf-8") as file:
+            for sample in self._samples(pl_module):
+                file.write(json.dumps({"step": trainer.global_step, **sample}, ensure_ascii=False) + "\n")
+
+    def _samples(self, pl_module: Any) -> list[dict[str, str | float]]:
+        """The first rows of the module's last rollout."""
+        rollout = getattr(pl_module, "last_rollout", None)
+        if rollout is None:
+            raise ConfigError(
+                f"SampleLog writes down sampled responses, and {type(pl_module).__name__} keeps none in last_rollout: "
+                "use it with PPOModule"
+            )
+        prompts = pl_module.tokenizer.batch_decode(rollout.prompts[: self.rows], skip_special_tokens=True)
+        responses = decode_responses(pl_module.tokenizer, rollout)[: self.rows]
+        scores = pl_module.raw_scores[: self.rows].tolist()
+        rows = zip(prompts, responses, scores, strict=True)
+        return [{"prompt": prompt, "response": response, "score": score} for prompt, response, score in rows]

@@ -1,0 +1,54 @@
+"""The same result however the work is spread: over ranks, ZeRO stages and micro-batches."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.engines import two_ranks
+
+STAGES = [0, 1, 2, 3]
+FIGURES = ("policy/loss", "value/loss", "policy/kl", "policy/clip_fraction", "policy/ratio_max", "reward/score")
+
+
+def test_two_ranks_of_four_prompts_update_like_one_rank_of_eight_at_every_zero_stage(
+    run_ranks: object, tmp_path: Path
+) -> None:
+    run_ranks(two_ranks.save_updates, 2, str(tmp_path), 2, STAGES, timeout=180)
+    one_actor, one_critic, one_figures = two_ranks.update(stage=1, world_size=1)
+    for stage in STAGES:
+        two = torch.load(tmp_path / f"2-{stage}.pt", weights_only=True)
+        figures = json.loads((tmp_path / f"2-{stage}.json").read_text())
+        torch.testing.assert_close(two["actor"], one_actor, rtol=1e-5, atol=1e-6, msg=lambda m, s=stage: f"stage {s}: {m}")
+        torch.testing.assert_close(two["critic"], one_critic, rtol=1e-5, atol=1e-6)
+        for name in FIGURES:
+            assert figures[name] == pytest.approx(one_figures[name], rel=1e-4, abs=1e-6), (stage, name)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_zero_stage_updates_alike_on_one_rank(stage: int) -> None:
+    actor, critic, _ = two_ranks.update(stage=stage, world_size=1)
+    expected_actor, expected_critic, _ = two_ranks.update(stage=1, world_size=1)
+    torch.testing.assert_close(actor, expected_actor, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(critic, expected_critic, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("aggregation", ["token_mean", "seq_mean_token_mean", "seq_mean_token_sum_norm"])
+def test_the_micro_batch_size_does_not_change_the_update(aggregation: str) -> None:
+    results = [
+        two_ranks.update(stage=2, world_size=1, micro_batch_size=size, aggregation=aggregation) for size in (1, 2, 8)
+    ]
+    for actor, critic, figures in results[1:]:
+        torch.testing.assert_close(actor, results[0][0], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(critic, results[0][1], rtol=1e-5, atol=1e-6)
+        for name in FIGURES:
+            assert figures[name] == pytest.approx(results[0][2][name], rel=1e-4, abs=1e-6), name
+
+
+@pytest.mark.parametrize("pin", [True, False], ids=["gathered once", "layer by layer"])
+def test_ranks_may_stop_generating_at_different_lengths_under_zero_3(run_ranks: object, pin: bool) -> None:
+    outputs = run_ranks(two_ranks.generate_ragged, 2, pin)
+    assert ["drew 6" in outputs[0], "drew 15" in outputs[1]] == [True, True]
