@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -59,6 +61,7 @@ def make_trainer(run: Run, stage: str, export: HFExport, callbacks: Sequence[Cal
         export: used where the configuration asks for the model to be exported.
         callbacks: further ones.
     """
+    _quieten()
     arguments = {name: value for name, value in run.trainer.model_dump().items() if value is not None}
     arguments.setdefault("max_epochs", -1)
     return L.Trainer(
@@ -93,10 +96,19 @@ def _standard_callbacks(run: Run, stage: str) -> list[Callback]:
     if run.trainer.enable_checkpointing:
         folder = Path(run.output_dir) / "checkpoints"
         callbacks.append(
-            ModelCheckpoint(
-                dirpath=folder, every_n_train_steps=run.callbacks.checkpoint_every_n_steps, save_last=True
-            )
+            ModelCheckpoint(dirpath=folder, every_n_train_steps=run.callbacks.checkpoint_every_n_steps, save_last=True)
         )
     if run.logger.name != "none":
         callbacks.append(LearningRateMonitor(logging_interval="step"))
     return callbacks
+
+
+def _quieten() -> None:
+    """A recipe's own progress bar and results are what its user reads."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    # Frozen models are meant to be in evaluation mode.
+    warnings.filterwarnings("ignore", r"Found \d+ module\(s\) in eval mode at the start of training")
+    warnings.filterwarnings("ignore", r"Experiment logs directory .* exists and is not empty")

@@ -17,7 +17,7 @@ from lightning_hybrid.callbacks import HFExport
 from lightning_hybrid.config import RewardRun
 from lightning_hybrid.config.run import recipe_main
 from lightning_hybrid.data import PreferenceDataModule, check_tokenizer
-from lightning_hybrid.models import load_scalar
+from lightning_hybrid.models import load_scalar, load_tokenizer
 from lightning_hybrid.modules import RewardModule
 from lightning_hybrid.rewards import LearnedReward
 
@@ -39,13 +39,15 @@ def train_reward(run: RewardRun, stage: str = "reward") -> Path:
 
 
 def report_accuracy(folder: Path, data: PreferenceDataModule) -> float:
-    """Score every validation text once, and print and write the share of positive × negative pairs in the right order."""
-    reward = LearnedReward(load_scalar(folder), data.tokenizer)
+    """Score every validation text once; print and write the share of all pairs that are in the right order."""
+    reward = LearnedReward(load_scalar(folder), load_tokenizer(folder))
     positive, negative = (reward([""] * len(texts), texts) for texts in data.validation_texts())
     lead = positive[:, None] - negative[None, :]
     accuracy = float((lead.sign() / 2 + 0.5).mean(dtype=torch.float64))
-    (folder.parent / "accuracy.json").write_text(json.dumps({"accuracy_over_all_pairs": accuracy, "pairs": lead.numel()}))
-    print(f"reward model: {accuracy:.4f} of {lead.numel():,} validation pairs in the right order")  # noqa: T201
+    (folder.parent / "accuracy.json").write_text(
+        json.dumps({"accuracy_over_all_pairs": accuracy, "pairs": lead.numel()})
+    )
+    print(f"reward model: {accuracy:.4f} of {lead.numel():,} validation pairs in the right order")
     return accuracy
 
 

@@ -138,8 +138,8 @@ def _start(command: list[str], environment: dict[str, str], files: Path) -> subp
 def _wait(ranks: list[subprocess.Popen[bytes]], timeout: float) -> None:
     """Until all have ended, one has failed, or time is out; the rest is then ended."""
     deadline = time.monotonic() + timeout
-    while any(rank.poll() is None for rank in ranks):
-        if any(rank.returncode for rank in ranks) or time.monotonic() > deadline:
+    while None in (codes := [rank.poll() for rank in ranks]):
+        if any(codes) or time.monotonic() > deadline:
             time.sleep(1.0)  # let the others say what they saw
             break
         time.sleep(0.05)

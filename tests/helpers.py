@@ -114,7 +114,9 @@ class Regression(L.LightningModule):
         self.seen: list[float] = []
 
     def _loss(self, batch: list[Tensor]) -> Tensor:
-        return nn.functional.mse_loss(self.network(batch[0][:, :5].to(self._precision())).float(), batch[0][:, 5:].float())
+        return nn.functional.mse_loss(
+            self.network(batch[0][:, :5].to(self._precision())).float(), batch[0][:, 5:].float()
+        )
 
     def _precision(self) -> torch.dtype:
         return next(self.network.parameters()).dtype

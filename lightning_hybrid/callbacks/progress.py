@@ -54,9 +54,10 @@ class PhaseProgressBar(TQDMProgressBar):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Move the bar to the current step."""
+        """Move the bar to the current step; the last phase is over."""
         bar = self.train_progress_bar
-        if self._should_update(batch_idx + 1, self.total_train_batches):  # type: ignore[arg-type]
+        bar.set_description(self.stage, refresh=False)
+        if self._should_update(trainer.global_step, int(bar.total or 0)):
             bar.n = trainer.global_step
             bar.set_postfix(self.get_metrics(trainer, pl_module))
 
@@ -91,4 +92,4 @@ class PhaseProgressBar(TQDMProgressBar):
 def _listeners(pl_module: L.LightningModule) -> list[Callable[[str], None]]:
     """Whoever is told about the module's phases; a list that nobody reads for a module without phases."""
     phases: Any = getattr(pl_module, "phases", None)
-    return [] if phases is None else phases.listeners  # type: ignore[no-any-return]
+    return [] if phases is None else phases.listeners

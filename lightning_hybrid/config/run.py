@@ -60,11 +60,24 @@ def compose_run(config_name: str, schema: type[SettingsT], overrides: Sequence[s
     from hydra.errors import HydraException
 
     try:
-        with hydra.initialize_config_dir(str(conf_dir()), version_base=_HYDRA_VERSION):
+        with _set_aside_running_hydra(), hydra.initialize_config_dir(str(conf_dir()), version_base=_HYDRA_VERSION):
             cfg = hydra.compose(config_name, overrides=[_force(override) for override in overrides])
     except HydraException as error:
         raise ConfigError(f"cannot compose '{config_name}' with {list(overrides)}: {error}") from error
     return validate(schema, cfg)
+
+
+@contextmanager
+def _set_aside_running_hydra() -> Iterator[None]:
+    """Hydra composes for one application per process; inside a recipe, its own is put back afterwards."""
+    from hydra.core.global_hydra import GlobalHydra
+
+    outer = GlobalHydra.instance().hydra
+    GlobalHydra.instance().clear()
+    try:
+        yield
+    finally:
+        GlobalHydra.instance().hydra = outer
 
 
 def _force(override: str) -> str:

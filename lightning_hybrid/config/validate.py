@@ -53,7 +53,8 @@ def _plain(node: DictConfig, place: tuple[str, ...], unresolved: list[Detail]) -
         except MissingMandatoryValue:
             unresolved.append({"type": "missing", "loc": here})
         except OmegaConfBaseException as error:
-            unresolved.append({"type": "unresolved", "loc": here, "msg": f"cannot be resolved: {str(error).splitlines()[0]}"})
+            message = f"cannot be resolved: {str(error).splitlines()[0]}"
+            unresolved.append({"type": "unresolved", "loc": here, "msg": message})
         else:
             values[key] = _plain(value, here, unresolved) if isinstance(value, DictConfig) else value
     return values

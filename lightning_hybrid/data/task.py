@@ -159,7 +159,7 @@ def build_tokenizer() -> PreTrainedTokenizerBase:
     model = Tokenizer(models.WordLevel(vocabulary, unk_token=SPECIAL_TOKENS["unk_token"]))
     model.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     options = {**SPECIAL_TOKENS, "clean_up_tokenization_spaces": False}
-    return PreTrainedTokenizerFast(tokenizer_object=model, **options)  # type: ignore[no-untyped-call]
+    return PreTrainedTokenizerFast(tokenizer_object=model, **options)
 
 
 def _clause_score(clause: str) -> float:

@@ -64,6 +64,7 @@ def build_evaluation_engine(module: nn.Module, config: dict[str, Any], device: t
 
     # The compute dtype is set here because DeepSpeed's own bf16/fp16 sections expect an optimizer.
     module.to(dtype=config_dtype(config))
+    engine: nn.Module
     engine, *_ = deepspeed.initialize(
         model=module, config=copy.deepcopy(config), model_parameters=[], dist_init_required=False
     )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import warnings
 
 from lightning_hybrid.errors import StrategyError
 
@@ -29,8 +31,17 @@ def prepare_deepspeed(device_type: str) -> None:
             f"the Trainer runs on {device_type!r} but DeepSpeed was started for {chosen!r} in this process: "
             f"set the environment variable DS_ACCELERATOR={device_type} before Python starts"
         )
+    _quieten()
     if device_type == "cpu" and os.environ.get("LIGHTNING_HYBRID_SHM") != "1":
         _use_gloo_all_reduce()
+
+
+def _quieten() -> None:
+    """Leave out what tells the user nothing: DeepSpeed's settings, and the age of the collectives it calls."""
+    import deepspeed.utils
+
+    deepspeed.utils.logger.setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
 
 
 def _use_gloo_all_reduce() -> None:

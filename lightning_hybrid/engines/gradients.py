@@ -37,7 +37,7 @@ def backward(loss: Tensor, engines: Sequence[DeepSpeedEngine], **kwargs: Any) ->
         with ExitStack() as stack:
             for engine in engines:
                 stack.enter_context(_running_backward(engine))
-            _scaled(loss, engines).backward(**kwargs)  # type: ignore[no-untyped-call]
+            _scaled(loss, engines).backward(**kwargs)
             for engine in reached:
                 engine._backward_epilogue()
     finally:

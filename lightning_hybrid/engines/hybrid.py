@@ -148,5 +148,5 @@ class PhaseClock:
         self._gather = self._generate = self._training = 0.0
 
     def metrics(self) -> dict[str, float]:
-        """Seconds of the last finished iteration by phase, and this rank's samples per second; empty before the first."""
+        """Seconds of the last finished iteration by phase, and this rank's samples per second; empty at first."""
         return dict(self._last)

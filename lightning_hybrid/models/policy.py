@@ -66,9 +66,11 @@ class Policy(nn.Module):
 
     def _score(self, hidden: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
         """Log-prob and entropy of each row of ``hidden`` ``[tokens, width]``, both ``[tokens]``."""
+        # A single chunk is within the memory bound as it is; recomputing it would only cost time.
+        recompute = torch.is_grad_enabled() and len(targets) > self.chunk
         pieces = [
             checkpoint(self._score_chunk, h, t, temperature, use_reentrant=False)
-            if torch.is_grad_enabled()
+            if recompute
             else self._score_chunk(h, t, temperature)
             for h, t in zip(hidden.split(self.chunk), targets.split(self.chunk), strict=True)
         ]

@@ -1,4 +1,4 @@
-"""LightningModules: supervised fine-tuning, reward modelling, PPO. A ``training_step`` names its stages and little else."""
+"""LightningModules: supervised fine-tuning, reward modelling, PPO."""
 
 from lightning_hybrid.modules.ppo import PPOModule
 from lightning_hybrid.modules.reward import RewardModule

@@ -81,7 +81,9 @@ class PPOModule(L.LightningModule):
         self.seed = seed
         self.tokenizer = tokenizer or _tokenizer_beside(actor, "tokenizer")
         self.actor = _policy(actor, self.config.logprob_chunk)
-        self.reference = copy.deepcopy(self.actor) if reference is None else _policy(reference, self.config.logprob_chunk)
+        self.reference = (
+            copy.deepcopy(self.actor) if reference is None else _policy(reference, self.config.logprob_chunk)
+        )
         self.reward_model, self.reward = self._reward_source(reward, reward_tokenizer)
         self.critic = self._critic_start(critic)
         self.kl_controller = _kl_controller(self.config)
@@ -106,7 +108,7 @@ class PPOModule(L.LightningModule):
             return critic
         if critic is not None:
             return load_scalar(critic)
-        if self.reward_model is not None and self.reward_model.config.vocab_size == self.actor.config.vocab_size:
+        if isinstance(self.reward_model, ScalarModel) and _same_vocabulary(self.reward_model, self.actor):
             return copy.deepcopy(self.reward_model)
         return scalar_from_policy(self.actor)
 
@@ -187,7 +189,7 @@ class PPOModule(L.LightningModule):
         scores = self._raw_scores(prompts, rollout)
         self.raw_scores = scores
         if self.config.normalize_reward:
-            for chunk in self.all_gather(moments(scores)).reshape(-1, 3).tolist():
+            for chunk in self._gathered(moments(scores)).reshape(-1, 3).tolist():
                 self.score_moments.update(*chunk)
             scores = scores / max(self.score_moments.std, 1e-4)
         if self.config.missing_eos_penalty is not None:
@@ -245,6 +247,10 @@ class PPOModule(L.LightningModule):
         engines = getattr(self.trainer.strategy, "engines", {})
         return engines.get(name, getattr(self, name))
 
+    def _gathered(self, x: Tensor) -> Tensor:
+        gathered: Tensor = self.trainer.strategy.all_gather(x)
+        return gathered
+
     def _sum_over_ranks(self, x: Tensor) -> Tensor:
         reduced: Tensor = self.trainer.strategy.reduce(x.clone(), reduce_op="sum")
         return reduced
@@ -273,13 +279,19 @@ def scalar_from_policy(policy: Policy) -> ScalarModel:
     return ScalarModel(model)
 
 
+def _same_vocabulary(first: ScalarModel, second: Policy) -> bool:
+    return bool(first.config.vocab_size == second.config.vocab_size)
+
+
 def _policy(actor: Policy | str | Path, chunk: int) -> Policy:
     return actor if isinstance(actor, Policy) else load_policy(actor, chunk)
 
 
 def _tokenizer_beside(model: Any, name: str) -> PreTrainedTokenizerBase:
     if not isinstance(model, str | Path):
-        raise ConfigError(f"{name} is required where the model is given as a module: there is no folder to read it from")
+        raise ConfigError(
+            f"{name} is required where the model is given as a module: there is no folder to read it from"
+        )
     return load_tokenizer(model)
 
 

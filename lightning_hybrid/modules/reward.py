@@ -26,6 +26,7 @@ class RewardModule(L.LightningModule):
     def __init__(self, model: ScalarModel | str | Path, config: RewardConfig | None = None) -> None:
         super().__init__()
         self.model = model if isinstance(model, ScalarModel) else load_scalar(model)
+        self.model.train()  # from_pretrained leaves dropout off
         self.config = config or RewardConfig()
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
@@ -69,4 +70,3 @@ def _stack(first: Tensor, second: Tensor) -> Tensor:
     """Put two right-padded batches on top of each other, padding the narrower one with zeros (masked)."""
     width = max(first.shape[1], second.shape[1])
     return torch.cat([torch.nn.functional.pad(x, (0, width - x.shape[1])) for x in (first, second)])
-

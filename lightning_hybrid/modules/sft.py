@@ -25,6 +25,7 @@ class SFTModule(L.LightningModule):
     def __init__(self, policy: Policy | str | Path, config: SFTConfig | None = None) -> None:
         super().__init__()
         self.policy = policy if isinstance(policy, Policy) else load_policy(policy)
+        self.policy.train()  # from_pretrained leaves dropout off
         self.config = config or SFTConfig()
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:

@@ -27,17 +27,18 @@ def draw_comparison(scores_before: Sequence[float], scores_after: Sequence[float
     from matplotlib.figure import Figure
 
     before, after = _finite("before", scores_before), _finite("after", scores_after)
-    edges = np.histogram_bin_edges(before + after, bins=_BINS)
-    figure = Figure(figsize=(8.4, 3.2), dpi=140, layout="constrained", facecolor="white")
+    edges = np.histogram_bin_edges(before + after, bins=_BINS).tolist()
+    figure = Figure(figsize=(6.4, 3.2), dpi=140, layout="constrained", facecolor="white")
     ax = figure.subplots()
     decorate(ax, "Scores of the responses", "score", "share of responses")
     for name, scores, color in (("before", before, VERMILLION), ("after", after, BLUE)):
         mean = math.fsum(scores) / len(scores)
-        label = f"{name}: mean {mean:.3f} of {len(scores)}"
+        label = f"{name}: mean {mean:.3f}, n={len(scores)}"
         share = [1 / len(scores)] * len(scores)
         ax.hist(scores, bins=edges, weights=share, color=color, alpha=0.45, label=label)
-        ax.axvline(mean, color=color, linewidth=1.8, linestyle="--")
-    legend(ax)
+        ax.axvline(mean, ymax=0.85, color=color, linewidth=1.8, linestyle="--")
+    ax.margins(y=0.3)  # room for the legend
+    legend(ax, columns=2)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, format="png")
 

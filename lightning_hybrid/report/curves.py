@@ -13,7 +13,6 @@ from lightning_hybrid.report.metrics import Metrics
 from lightning_hybrid.report.style import BLUE, CYCLE, VERMILLION, decorate, legend
 
 if TYPE_CHECKING:
-    import numpy as np
     from matplotlib.axes import Axes
 
 _COLUMNS = 3
@@ -53,7 +52,7 @@ STAGES: dict[str, tuple[str, str, tuple[Panel, ...]]] = {
             Panel("clipped ratios", "share of tokens", "policy/clip_fraction"),
             Panel("explained variance of the values", "1 is perfect", "value/explained_variance"),
             Panel("response length", "tokens", "rollout/response_length", "val/response_length"),
-            Panel("responses that end", "share with EOS", "rollout/eos_rate", "val/eos_rate"),
+            Panel("responses that end with EOS", "share of responses", "rollout/eos_rate", "val/eos_rate"),
             Panel("seconds per phase", "seconds", _SECONDS),
         ),
     ),
@@ -81,12 +80,12 @@ def draw_curves(metrics_by_stage: Mapping[str, Metrics], path: str | Path) -> No
         raise DataError(f"no curve to draw in {path}: none of the known metrics was logged, only {logged}")
     columns = min(_COLUMNS, len(panels))
     rows = math.ceil(len(panels) / columns)
-    figure = Figure(figsize=(4.2 * columns, 3.0 * rows), dpi=140, layout="constrained", facecolor="white")
-    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12)  # type: ignore[union-attr]
-    axes = figure.subplots(rows, columns, squeeze=False).flat
+    figure = Figure(figsize=(4.2 * columns, 3.0 * rows), dpi=140, facecolor="white")
+    figure.set_layout_engine("constrained", w_pad=0.12, h_pad=0.12)
+    axes = figure.subplots(rows, columns, squeeze=False).flatten().tolist()
     for ax, (stage, panel) in zip(axes, panels, strict=False):
         _draw_panel(ax, stage, panel, metrics_by_stage[stage])
-    for ax in list(axes)[len(panels) :]:
+    for ax in axes[len(panels) :]:
         ax.set_axis_off()
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, format="png")
@@ -116,9 +115,11 @@ def _has(panel: Panel, metrics: Metrics) -> bool:
 
 
 def _draw_panel(ax: Axes, stage: str, panel: Panel, metrics: Metrics) -> None:
+    from matplotlib.ticker import MaxNLocator
+
     name, counted, _ = STAGES[stage]
     decorate(ax, f"{name} · {panel.title}", counted, panel.unit)
-    ax.xaxis.get_major_locator().set_params(integer=True)  # type: ignore[attr-defined]
+    ax.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
     if panel.train == _SECONDS:
         _stack_seconds(ax, metrics)
         return
@@ -140,7 +141,7 @@ def _draw_line(ax: Axes, steps: list[int], values: list[float], color: str, labe
     ax.plot(steps, smooth(values), **line)
 
 
-def smooth(values: list[float]) -> np.ndarray:
+def smooth(values: list[float]) -> list[float]:
     """Centred moving average over a twentieth of the points; at the ends, and around NaN, over those there are."""
     import numpy as np
 
@@ -149,7 +150,8 @@ def smooth(values: list[float]) -> np.ndarray:
     finite = np.isfinite(array)
     total = np.convolve(np.where(finite, array, 0.0), window, mode="same")
     count = np.convolve(finite.astype(np.float64), window, mode="same")
-    return np.divide(total, count, out=np.full_like(total, np.nan), where=count > 0.5)
+    means: list[float] = np.divide(total, count, out=np.full_like(total, np.nan), where=count > 0.5).tolist()
+    return means
 
 
 def _stack_seconds(ax: Axes, metrics: Metrics) -> None:
@@ -164,5 +166,6 @@ def _stack_seconds(ax: Axes, metrics: Metrics) -> None:
         steps, heights = [steps[0], steps[0] + 1], [[height, height] for (height,) in heights]
     colors = [CYCLE[index % len(CYCLE)] for index in range(len(names))]
     ax.stackplot(steps, heights, labels=names, colors=colors, alpha=0.85, linewidth=0)
-    ax.set_ylim(bottom=0)
-    legend(ax)
+    tallest = max(map(sum, zip(*heights, strict=True)))
+    ax.set_ylim(0, 1.5 * tallest or 1.0)  # room for the legend
+    legend(ax, columns=2)

@@ -65,8 +65,8 @@ def write_report(
     page = Template(_TEMPLATE.read_text(encoding="utf-8")).substitute(
         title=escape(title),
         tiles=_tiles(headline),
-        curves=_picture("Learning curves", curves),
-        scores=_picture("Scores before and after", scores),
+        curves=_picture("curves", "Learning curves", curves),
+        scores=_picture("scores", "Scores before and after", scores),
         samples=_samples(samples),
         config=_config(config),
     )
@@ -82,7 +82,7 @@ def _tiles(headline: Mapping[str, str]) -> str:
     return f'<dl class="tiles">{"".join(tiles)}</dl>' if tiles else ""
 
 
-def _picture(name: str, path: Path | None) -> str:
+def _picture(key: str, name: str, path: Path | None) -> str:
     if path is None:
         return ""
     if not path.is_file():
@@ -93,7 +93,7 @@ def _picture(name: str, path: Path | None) -> str:
     data = base64.b64encode(content).decode("ascii")
     # The picture scrolls on narrow screens, and people who use the keyboard must be able to reach it.
     image = f'<img alt="{name}" src="data:image/png;base64,{data}">'
-    return f'<section><h2>{name}</h2><div class="picture" tabindex="0">{image}</div></section>'
+    return f'<section id="{key}"><h2>{name}</h2><div class="picture" tabindex="0">{image}</div></section>'
 
 
 def _samples(samples: Sequence[Comparison]) -> str:

@@ -30,6 +30,6 @@ def decorate(ax: Axes, title: str, xlabel: str, ylabel: str) -> None:
     ax.margins(x=0.02)
 
 
-def legend(ax: Axes) -> None:
+def legend(ax: Axes, columns: int = 1) -> None:
     """Name the lines or areas, where there is room."""
-    ax.legend(fontsize=8.5, frameon=True, framealpha=0.85, edgecolor="none", labelcolor=_INK, handlelength=1.2)
+    ax.legend(fontsize=8.5, ncols=columns, framealpha=0.85, edgecolor="none", labelcolor=_INK, handlelength=1.2)

@@ -100,11 +100,11 @@ class HFRollout:
         )
 
 
-class SamplingRecorder(LogitsProcessor):  # type: ignore[misc]
+class SamplingRecorder(LogitsProcessor):
     """Shape the logits for sampling, and keep the log-prob of what is then sampled.
 
-    ``generate`` could return all scores, ``[steps, batch, vocab]``; this holds one step's and reads the sampled token at
-    the next call.
+    ``generate`` could return all scores, ``[steps, batch, vocab]``; this holds one step's and reads the
+    sampled token at the next call.
     """
 
     def __init__(self, config: RolloutConfig, eos_ids: Sequence[int], greedy: bool) -> None:
@@ -138,7 +138,9 @@ class SamplingRecorder(LogitsProcessor):  # type: ignore[misc]
 
     def _shape(self, logits: Tensor) -> Tensor:
         if len(self._policy) < self.config.min_new_tokens:
-            logits = logits.index_fill(1, torch.tensor(self.eos_ids, device=logits.device, dtype=torch.long), -torch.inf)
+            logits = logits.index_fill(
+                1, torch.tensor(self.eos_ids, device=logits.device, dtype=torch.long), -torch.inf
+            )
         if self.greedy:
             return logits
         logits = logits / self.config.temperature
@@ -153,7 +155,7 @@ def _keep_top_k(logits: Tensor, k: int) -> Tensor:
 
 
 def _keep_top_p(logits: Tensor, p: float) -> Tensor:
-    """Keep the most probable tokens whose mass before each is below ``p``; always at least one (Holtzman et al. 2020)."""
+    """Keep the most probable tokens whose mass before each is below ``p``, at least one (Holtzman et al. 2020)."""
     ordered, index = logits.sort(dim=-1, descending=True)
     probability = ordered.softmax(-1)
     outside = probability.cumsum(-1) - probability >= p

@@ -1,5 +1,7 @@
 """Lightning's side: the strategy and its names."""
 
+from typing import Any
+
 from lightning.pytorch.strategies import StrategyRegistry
 
 from lightning_hybrid.strategy.hybrid import HybridDeepSpeedStrategy
@@ -7,7 +9,7 @@ from lightning_hybrid.strategy.ownership import EngineSpec
 
 __all__ = ["EngineSpec", "HybridDeepSpeedStrategy", "register_strategies"]
 
-STRATEGIES = {
+STRATEGIES: dict[str, tuple[str, dict[str, Any]]] = {
     "hybrid_deepspeed": ("one DeepSpeed engine per optimizer, ZeRO stage 2", {"stage": 2}),
     "hybrid_deepspeed_stage_1": ("ZeRO stage 1: optimizer states sharded", {"stage": 1}),
     "hybrid_deepspeed_stage_2": ("ZeRO stage 2: gradients sharded too", {"stage": 2}),

@@ -9,7 +9,6 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
 from lightning.fabric.utilities.distributed import _init_dist_connection
 from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch.core.optimizer import _init_optimizers_and_lr_schedulers
@@ -18,6 +17,8 @@ from lightning.pytorch.strategies.deepspeed import DeepSpeedStrategy
 from lightning.pytorch.strategies.strategy import Strategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import nn
+from torch.distributed import default_pg_timeout
+from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_hybrid.engines import EngineOptimizer, build_engine, build_evaluation_engine, engine_config
@@ -69,7 +70,7 @@ class HybridDeepSpeedStrategy(DeepSpeedStrategy):
     ) -> None:
         if stage not in (0, 1, 2, 3):
             raise StrategyError(f"ZeRO stage must be 0, 1, 2 or 3; got {stage!r}")
-        # DeepSpeedStrategy.__init__ imports DeepSpeed before the accelerator is known, and prepares one engine's config.
+        # DeepSpeedStrategy.__init__ imports DeepSpeed before the accelerator is known, and holds one config.
         DDPStrategy.__init__(self, process_group_backend=process_group_backend, timeout=timeout)
         self.stage = stage
         self.offload_optimizer = offload_optimizer
@@ -106,7 +107,7 @@ class HybridDeepSpeedStrategy(DeepSpeedStrategy):
     @precision_plugin.setter
     def precision_plugin(self, plugin: Precision | None) -> None:
         if plugin is not None and not isinstance(plugin, HybridPrecision):
-            plugin = HybridPrecision(plugin.precision)
+            plugin = HybridPrecision(plugin.precision)  # type: ignore[arg-type]
         self._precision_plugin = plugin
 
     # ---- processes -------------------------------------------------------------------------------------------------
@@ -134,14 +135,18 @@ class HybridDeepSpeedStrategy(DeepSpeedStrategy):
     def _refuse_unsuitable_device(self) -> None:
         device = self.root_device.type
         if device not in ("cpu", "cuda"):
-            raise StrategyError(f"{self.strategy_name} runs on CPU and CUDA; accelerator is {device!r}: set it to 'cpu'")
+            raise StrategyError(
+                f"{self.strategy_name} runs on CPU and CUDA; accelerator is {device!r}: set it to 'cpu'"
+            )
         if device == "cpu" and "16-" in self.precision_plugin.precision.replace("bf16", ""):
             raise StrategyError(
                 f"precision={self.precision_plugin.precision!r} (fp16) needs CUDA: use 'bf16-mixed' or '32-true' on CPU"
             )
         cores = os.cpu_count() or 1
         if device == "cpu" and self.num_processes > 2 * cores:
-            raise StrategyError(f"devices={self.num_processes} CPU processes for {cores} cores: use devices<={2 * cores}")
+            raise StrategyError(
+                f"devices={self.num_processes} CPU processes for {cores} cores: use devices<={2 * cores}"
+            )
 
     @override
     def setup_distributed(self) -> None:
@@ -202,7 +207,7 @@ class HybridDeepSpeedStrategy(DeepSpeedStrategy):
             config = self.engine_config(specs.get(name))
             config.pop("hybrid_engine", None)
             self.frozen[name] = build_evaluation_engine(module, config, self.root_device)
-        optimizers = [self._build_engine(owner) for owner in owners]
+        optimizers: list[Optimizer] = [self._build_engine(owner) for owner in owners]
         if fitting:
             self.optimizers = optimizers
 
@@ -280,7 +285,7 @@ class HybridDeepSpeedStrategy(DeepSpeedStrategy):
             return self._step("predict_step", *args, **kwargs)
 
     def _step(self, name: str, *args: Any, **kwargs: Any) -> Any:
-        """Call a step of the module; through its ``forward`` where the module itself is an engine (hooks live there)."""
+        """Call a step of the module; through its ``forward``, where hooks live, if the module itself is an engine."""
         module = self.lightning_module
         assert module is not None
         if "" in self.engines or "" in self.frozen:
@@ -332,4 +337,3 @@ def _save_run(strategy: HybridDeepSpeedStrategy, state: dict[str, Any], filepath
 
 def _count_nothing() -> None:
     """Stand in for Lightning's step counters while a module counts by iteration."""
-

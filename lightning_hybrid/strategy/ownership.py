@@ -79,7 +79,7 @@ def _owner(
 
 
 def _from_large_to_small(root: nn.Module) -> Iterable[tuple[str, nn.Module]]:
-    """Children before their own children, and ``root`` last: its forward is ``training_step``, the costliest to wrap."""
+    """Children before their own children, and ``root`` last, whose forward is ``training_step``."""
     level = [(name, child) for name, child in root.named_children()]
     while level:
         yield from level
@@ -101,8 +101,9 @@ def _child(root: nn.Module, name: str) -> nn.Module:
 
 def _unknown_children(root: nn.Module, specs: Mapping[str, EngineSpec]) -> list[str]:
     known = {name for name, _ in root.named_modules()}
+    children = sorted(name for name, _ in root.named_children())
     return [
-        f"configure_engines names {name!r}, which is no submodule; there are: {sorted(n for n, _ in root.named_children())}"
+        f"configure_engines names {name!r}, which is no submodule; there are: {children}"
         for name in specs
         if name not in known
     ]

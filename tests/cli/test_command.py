@@ -69,7 +69,6 @@ def test_wrong_configuration_ends_with_its_report_alone(tmp_path: Path) -> None:
     assert "Traceback" not in answer.stderr
 
 
-@pytest.mark.slow
 def test_wheel_carries_configurations_and_recipes(tmp_path: Path) -> None:
     pytest.importorskip("hatchling", reason="hatchling builds the wheel; it is in the test extra")
     pip_wheel = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation"]

@@ -157,7 +157,7 @@ def show_prompts_of_each_rank(name: str) -> None:
         enable_model_summary=False,
     )
     trainer.fit(module, datamodule=PromptDataModule(name, batch_size=5))
-    print(json.dumps(module.seen))  # noqa: T201
+    print(json.dumps(module.seen))
 
 
 def test_two_ranks_share_the_prompts_and_shuffle_them_in_each_epoch(write, run_ranks):

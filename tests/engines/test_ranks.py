@@ -22,7 +22,9 @@ def test_two_ranks_of_four_prompts_update_like_one_rank_of_eight_at_every_zero_s
     for stage in STAGES:
         two = torch.load(tmp_path / f"2-{stage}.pt", weights_only=True)
         figures = json.loads((tmp_path / f"2-{stage}.json").read_text())
-        torch.testing.assert_close(two["actor"], one_actor, rtol=1e-5, atol=1e-6, msg=lambda m, s=stage: f"stage {s}: {m}")
+        torch.testing.assert_close(
+            two["actor"], one_actor, rtol=1e-5, atol=1e-6, msg=lambda m, s=stage: f"stage {s}: {m}"
+        )
         torch.testing.assert_close(two["critic"], one_critic, rtol=1e-5, atol=1e-6)
         for name in FIGURES:
             assert figures[name] == pytest.approx(one_figures[name], rel=1e-4, abs=1e-6), (stage, name)

@@ -103,7 +103,10 @@ def generate_ragged(pin: bool) -> None:
         expected = reference.model.generate(prompt, pad_token_id=0, **arguments)
         assert torch.equal(drawn, expected), (drawn, expected)
         engine.train()
-        backward(-policy(drawn[:, :6], torch.ones(1, 6).bool(), torch.tensor([[False] + [True] * 5])).logprobs.sum(), [engine])
+        backward(
+            -policy(drawn[:, :6], torch.ones(1, 6).bool(), torch.tensor([[False] + [True] * 5])).logprobs.sum(),
+            [engine],
+        )
         engine.step()
         reference.load_state_dict(_whole_state(policy))
     print("drew", drawn.shape[1])

@@ -30,7 +30,9 @@ def test_two_optimizers_that_share_parameters_are_named(root: Any) -> None:
 
 
 def test_a_trainable_parameter_without_optimizer_is_named_with_three_remedies(root: Any) -> None:
-    with pytest.raises(StrategyError, match=r"'c\.bias', 'c\.weight' require gradients but belong to no optimizer: give"):
+    with pytest.raises(
+        StrategyError, match=r"'c\.bias', 'c\.weight' require gradients but belong to no optimizer: give"
+    ):
         assign_owners(root, [sgd(root.a), sgd(root.b)], {})
 
 
@@ -53,7 +55,9 @@ def test_optimizers_inside_one_child_get_engines_deeper_down() -> None:
 def test_parameters_mixed_over_children_cannot_be_separated(root: Any) -> None:
     first = torch.optim.SGD([root.a.weight, root.b.weight], lr=0.1)
     second = torch.optim.SGD([root.a.bias, root.b.bias, *root.c.parameters()], lr=0.1)
-    with pytest.raises(StrategyError, match=r"optimizer 0 \(SGD\) has parameters in \['a', 'b'\], and no module holds them"):
+    with pytest.raises(
+        StrategyError, match=r"optimizer 0 \(SGD\) has parameters in \['a', 'b'\], and no module holds them"
+    ):
         assign_owners(root, [first, second], {})
 
 
@@ -100,6 +104,6 @@ def test_a_step_without_a_loss_is_refused() -> None:
 
 def test_clipping_by_value_is_refused() -> None:
     with pytest.raises(StrategyError, match="clips by norm"):
-        quiet_trainer(
-            "hybrid_deepspeed", max_steps=1, gradient_clip_val=1.0, gradient_clip_algorithm="value"
-        ).fit(Regression(), random_batches())
+        quiet_trainer("hybrid_deepspeed", max_steps=1, gradient_clip_val=1.0, gradient_clip_algorithm="value").fit(
+            Regression(), random_batches()
+        )
