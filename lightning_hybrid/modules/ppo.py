@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -236,16 +237,22 @@ class PPOModule(L.LightningModule):
         """Adjust the KL coefficient, step the schedules, log."""
         metrics = rollout_metrics(self, rollout, experience)
         self.kl_controller.update(metrics["policy/kl"], len(experience) * self.trainer.world_size)
-        for schedule in self.lr_schedulers():  # type: ignore[union-attr]
-            schedule.step()
+        self._step_schedules()
         self.last_rollout = rollout
         self.log_dict(metrics | update_metrics(self, update, rollout), batch_size=len(experience))
         self.log_dict({"score": metrics["reward/score"], "kl": metrics["policy/kl"]}, prog_bar=True, logger=False)
 
+    def _step_schedules(self) -> None:
+        with warnings.catch_warnings():
+            # A warming critic or an early stop may leave an optimizer without a step in its first iterations.
+            warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step", UserWarning)
+            for schedule in self.lr_schedulers():  # type: ignore[union-attr]
+                schedule.step()
+
     def _engine(self, name: str) -> Any:
-        """The engine of a child, or the child itself outside ``fit``."""
+        """The engine of a child, or the model inside the child outside ``fit``, where there are no engines."""
         engines = getattr(self.trainer.strategy, "engines", {})
-        return engines.get(name, getattr(self, name))
+        return engines[name] if name in engines else getattr(self, name).model
 
     def _gathered(self, x: Tensor) -> Tensor:
         gathered: Tensor = self.trainer.strategy.all_gather(x)

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from lightning_hybrid.config import RolloutConfig
+from lightning_hybrid.engines import is_sharded
 from lightning_hybrid.errors import RolloutError
 from lightning_hybrid.models import max_positions
 from lightning_hybrid.rollout.carrier import Rollout, pad_left
@@ -47,12 +48,15 @@ class HFRollout:
         device = next(model.parameters()).device
         tokens, mask = pad_left(prompts, self.pad_id, device)
         recorder = SamplingRecorder(self.config, self.eos_ids, greedy)
+        # An engine sees to its shards itself; a bare sharded model needs its ranks to run the same number of steps.
+        in_step = {"synced_gpus": True} if engine is model and is_sharded(model) else {}
         with _random_stream(seed, device):
             output = engine.generate(
                 tokens,
                 attention_mask=mask.long(),
                 generation_config=self._generation_config(greedy),
                 logits_processor=LogitsProcessorList([recorder]),
+                **in_step,
             )
         return self._carry(output, mask, recorder)
 

@@ -1,0 +1,195 @@
+"""The hybrid engine generates with the weights it trains, for every family, and breaks nothing that DeepSpeed's breaks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_hybrid.engines import backward, build_engine, engine_config, gathered, prepare_deepspeed
+from lightning_hybrid.errors import RolloutError, StrategyError
+from lightning_hybrid.models import Policy
+from tests.helpers import SHARD_EVERYTHING, tiny_policy
+from tests.models.test_policy import FAMILIES, family
+
+PROMPT = torch.tensor([[5, 10, 20], [0, 7, 8]])
+MASK = torch.tensor([[1, 1, 1], [0, 1, 1]])
+
+
+@pytest.fixture(autouse=True)
+def alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process group of one."""
+    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("MASTER_PORT", "29544")
+    prepare_deepspeed("cpu")
+    import deepspeed
+
+    from lightning_hybrid.engines.environment import forget_process_groups
+
+    if not torch.distributed.is_initialized():
+        forget_process_groups()
+        torch.distributed.init_process_group("gloo")
+    deepspeed.init_distributed("gloo", verbose=False)
+
+
+def hybrid(policy: Policy, stage: int = 2, precision: str = "32-true", **keys: Any) -> Any:
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-2)
+    overrides = SHARD_EVERYTHING if stage == 3 else None
+    config = engine_config(stage=stage, precision=precision, hybrid_engine=keys, overrides=overrides)
+    return build_engine(policy, optimizer, config, hybrid=True)
+
+
+def step(engine: Any, policy: Policy) -> None:
+    engine.train()
+    tokens = torch.randint(3, 40, (2, 8), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(tokens).bool()
+    asked = mask.clone()
+    asked[:, 0] = False
+    backward(-policy(tokens, mask, asked).logprobs.mean(), [engine])
+    engine.step()
+
+
+def whole(module: nn.Module) -> dict[str, torch.Tensor]:
+    with gathered(module):
+        return {name: value.detach().clone() for name, value in module.state_dict().items()}
+
+
+def drawn(engine: Any) -> torch.Tensor:
+    engine.eval()
+    return engine.generate(PROMPT, attention_mask=MASK, do_sample=False, max_new_tokens=6, pad_token_id=0)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_generates_with_the_weights_just_trained(name: str) -> None:
+    policy, copy = Policy(family(name)), Policy(family(name))
+    engine = hybrid(policy)
+    for _ in range(2):
+        step(engine, policy)
+        copy.load_state_dict(whole(policy))
+        expected = copy.model.generate(PROMPT, attention_mask=MASK, do_sample=False, max_new_tokens=6, pad_token_id=0)
+        assert torch.equal(drawn(engine), expected)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_building_an_engine_leaves_grouped_query_weights_as_they_are(stage: int) -> None:
+    policy = tiny_policy()
+    before = {name: value.clone() for name, value in policy.state_dict().items()}
+    hybrid(policy, stage)
+    after = whole(policy)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_every_weight_trains_the_output_head_included(stage: int) -> None:
+    policy = tiny_policy()
+    engine = hybrid(policy, stage)
+    before = whole(policy)
+    drawn(engine)
+    step(engine, policy)
+    after = whole(policy)
+    assert [name for name in before if torch.equal(before[name], after[name])] == []
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("pin", [True, False])
+def test_training_is_bit_identical_whether_or_not_it_generated_in_between(stage: int, pin: bool) -> None:
+    results = []
+    for generates in (False, True):
+        policy = tiny_policy()
+        engine = hybrid(policy, stage, pin_parameters=pin)
+        for _ in range(4):
+            if generates:
+                drawn(engine)
+            step(engine, policy)
+        results.append(whole(policy))
+    assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
+
+
+def test_several_hybrid_engines_live_in_one_process() -> None:
+    policies = [tiny_policy(seed=0), tiny_policy(seed=1)]
+    engines = [hybrid(policy) for policy in policies]
+    first = [drawn(engine) for engine in engines]
+    assert not torch.equal(first[0], first[1])
+    step(engines[0], policies[0])
+    assert torch.equal(drawn(engines[1]), first[1])
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_an_exception_while_generating_leaves_a_trainable_model(stage: int) -> None:
+    policy = tiny_policy()
+    engine = hybrid(policy, stage)
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise KeyError("in the middle")
+
+    engine.eval()
+    handle = policy.model.model.layers[1].register_forward_hook(fail)
+    with pytest.raises(KeyError, match="in the middle"):
+        engine.generate(PROMPT, attention_mask=MASK, max_new_tokens=4, pad_token_id=0)
+    handle.remove()
+    before = whole(policy)
+    step(engine, policy)
+    after = whole(policy)
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+    assert drawn(engine).shape == (2, 9)
+
+
+def test_the_phase_clock_says_what_deepspeed_prints() -> None:
+    policy = tiny_policy()
+    engine = hybrid(policy)
+    assert engine.timings.metrics() == {}
+    drawn(engine)
+    step(engine, policy)
+    engine.eval()
+    figures = engine.timings.metrics()
+    parts = ("gather_seconds", "generate_seconds", "training_seconds", "other_seconds")
+    assert figures["end_to_end_seconds"] == pytest.approx(sum(figures[part] for part in parts))
+    assert figures["samples_per_second"] == pytest.approx(2 / figures["end_to_end_seconds"])
+    assert min(figures["generate_seconds"], figures["training_seconds"]) > 0
+
+
+def test_generating_in_training_mode_is_refused() -> None:
+    engine = hybrid(tiny_policy())
+    engine.train()
+    with pytest.raises(RolloutError, match=r"training mode: call engine\.eval\(\) before generate\(\)"):
+        engine.generate(PROMPT, max_new_tokens=2)
+
+
+def test_a_module_that_cannot_generate_is_refused() -> None:
+    module = nn.Linear(2, 2)
+    config = engine_config(stage=1, precision="32-true", hybrid_engine={})
+    engine = build_engine(module, torch.optim.SGD(module.parameters(), lr=0.1), config, hybrid=True)
+    engine.eval()
+    with pytest.raises(RolloutError, match="Linear has no 'generate'; the hybrid engine needs a causal LM"):
+        engine.generate(PROMPT)
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
+def test_bf16_keeps_fp32_master_weights(precision: str) -> None:
+    """A hundred steps too small for bf16 to show one by one add up."""
+    module = nn.Linear(4, 1, bias=False)
+    nn.init.constant_(module.weight, 1.0)
+    config = engine_config(stage=2, precision=precision)
+    engine = build_engine(module, torch.optim.SGD(module.parameters(), lr=1e-4), config)
+    for _ in range(100):
+        backward(module(torch.ones(1, 4, dtype=torch.bfloat16)).float().sum(), [engine])
+        engine.step()
+    torch.testing.assert_close(module.weight.float(), torch.full((1, 4), 0.99), rtol=0, atol=4e-3)
+
+
+def test_offload_needs_no_compiled_optimizer() -> None:
+    policy = tiny_policy()
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-2)
+    config = engine_config(stage=2, precision="32-true", offload_optimizer=True)
+    engine = build_engine(policy, optimizer, config)
+    before = whole(policy)
+    step(engine, policy)
+    assert not torch.equal(before["model.lm_head.weight"], whole(policy)["model.lm_head.weight"])
+
+
+def test_a_config_that_deepspeed_trains_wrong_is_refused() -> None:
+    with pytest.raises(StrategyError, match="ZeRO stage 0 with fp16"):
+        engine_config(stage=0, precision="16-mixed")
