@@ -70,6 +70,7 @@ def _run(recipe: Path, overrides: Sequence[str]) -> None:
     """Run a recipe as `python recipe.py overrides` would."""
     sys.argv = [str(recipe), *overrides]
     sys.path.insert(0, str(recipe.parent))
+    sys.path.append(str(Path.cwd()))  # a reward function may stand in the folder the command is given in
     runpy.run_path(str(recipe), run_name="__main__")
 
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def rollout_metrics(module: PPOModule, rollout: Rollout, experience: Experience) -> dict[str, float]:
-    """Figures of the responses: reward, KL to the reference (nats per response), lengths, rollout against training."""
+    """Figures of the responses: reward, KL to the reference (nats), lengths, rollout against training."""
     mask = experience.mask
     kl = estimate_kl(experience.old_logprobs, experience.ref_logprobs, module.config.kl_estimator)
     gap = (rollout.policy_logprobs - experience.old_logprobs).abs().masked_fill(~mask, 0.0)
@@ -47,6 +47,7 @@ def rollout_metrics(module: PPOModule, rollout: Rollout, experience: Experience)
         "reward/score_std": max(square / rows - (score / rows) ** 2, 0.0) ** 0.5,
         "reward/entered": scaled / rows,
         "policy/kl": kl_sum / rows,
+        "policy/kl_per_token": kl_sum / tokens,
         "policy/kl_coef": module.kl_controller.value,
         "rollout/response_length": tokens / rows,
         "rollout/eos_rate": ended / rows,
