@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import lightning as L
-from lightning.pytorch.callbacks import Callback, LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 
 from lightning_hybrid.callbacks import HFExport, PhaseProgressBar
@@ -98,8 +98,6 @@ def _standard_callbacks(run: Run, stage: str) -> list[Callback]:
         callbacks.append(
             ModelCheckpoint(dirpath=folder, every_n_train_steps=run.callbacks.checkpoint_every_n_steps, save_last=True)
         )
-    if run.logger.name != "none":
-        callbacks.append(LearningRateMonitor(logging_interval="step"))
     return callbacks
 
 

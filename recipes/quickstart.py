@@ -8,7 +8,6 @@ Out come ``report.html`` and ``comparison.json`` in ``output_dir``.
 from __future__ import annotations
 
 import json
-import os
 import random
 import time
 from collections.abc import Callable
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from judges import JUDGES, Judge
+from lightning.fabric.utilities.rank_zero import _get_rank
 from ppo import train_ppo
 from reward import train_reward
 from sft import train_sft
@@ -124,7 +124,7 @@ def compare(
     rollouts = [backend.generate(policy.model.eval(), ids, seed=seed) for policy in (before, after)]
     responses = [decode_responses(tokenizer, rollout) for rollout in rollouts]
     scores = [judge(texts, answers) for answers in responses]
-    kl = _kl(after, before, rollouts[1])
+    kl = _kl(after, before, rollouts[1], run.rollout.temperature)
     outcome = Outcome(
         sft=sum(scores[0]) / count,
         ppo=sum(scores[1]) / count,
@@ -150,13 +150,15 @@ def _heldout_prompts(
     return [texts[i] for i in picked], [ids[i] for i in picked]
 
 
-def _kl(policy: Policy, reference: Policy, rollout: Rollout) -> torch.Tensor:
-    """KL of each sampled token, ``[batch, time]``."""
-    return estimate_kl(policy_logprobs(policy, rollout, 32), policy_logprobs(reference, rollout, 32))
+def _kl(policy: Policy, reference: Policy, rollout: Rollout, temperature: float) -> torch.Tensor:
+    """KL of each sampled token, ``[batch, time]``, at the temperature it was sampled at."""
+    return estimate_kl(
+        policy_logprobs(policy, rollout, 32, temperature), policy_logprobs(reference, rollout, 32, temperature)
+    )
 
 
 def _is_first_rank() -> bool:
-    return os.environ.get("LOCAL_RANK", "0") == "0" and os.environ.get("NODE_RANK", "0") == "0"
+    return _get_rank() in (None, 0)
 
 
 if __name__ == "__main__":

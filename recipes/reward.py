@@ -41,7 +41,7 @@ def train_reward(run: RewardRun, stage: str = "reward") -> Path:
 def report_accuracy(folder: Path, data: PreferenceDataModule) -> float:
     """Score every validation text once; print and write the share of all pairs that are in the right order."""
     reward = LearnedReward(load_scalar(folder), load_tokenizer(folder))
-    positive, negative = (reward([""] * len(texts), texts) for texts in data.validation_texts())
+    positive, negative = (reward.score_ids(data.encode(texts)) for texts in data.validation_texts())
     lead = positive[:, None] - negative[None, :]
     accuracy = float((lead.sign() / 2 + 0.5).mean(dtype=torch.float64))
     (folder.parent / "accuracy.json").write_text(

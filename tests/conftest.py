@@ -68,6 +68,22 @@ def shared() -> Path:
     return folder
 
 
+@pytest.fixture
+def alone_in_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process group of this process alone, ready for DeepSpeed engines."""
+    launch = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+    for name, value in (launch | {"MASTER_PORT": str(_free_port())}).items():
+        monkeypatch.setenv(name, value)
+    from lightning_hybrid.engines.environment import forget_process_groups, prepare_deepspeed
+
+    prepare_deepspeed("cpu")
+    import deepspeed
+
+    forget_process_groups()
+    torch.distributed.init_process_group("gloo")
+    deepspeed.init_distributed("gloo", verbose=False)
+
+
 RunRanks = Callable[..., list[str]]
 
 

@@ -36,6 +36,12 @@ class SampleLog(L.Callback):
         self.rows = rows
 
     @override
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Begin a new file, unless the run goes on from a checkpoint."""
+        if trainer.is_global_zero and trainer.global_step == 0:
+            self.path.unlink(missing_ok=True)
+
+    @override
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:

@@ -63,7 +63,7 @@ class PPOConfig(Settings):
     kl_horizon: PositiveInt = 10_000
     """samples over which the adaptive kl_coef may double"""
     kl_estimator: Literal["k1", "k2", "k3"] = "k1"
-    """estimator of the KL per token (Schulman 2020, 'Approximating KL divergence')"""
+    """estimator of the KL that is logged and that kl_target refers to (Schulman 2020); the penalty itself is k1"""
     gamma: UnitInterval = 1.0
     """discount of later rewards"""
     lam: UnitInterval = 0.95
@@ -105,9 +105,9 @@ class PPOConfig(Settings):
     betas: Betas = (0.9, 0.95)
     """decay rates of AdamW's two moments"""
     warmup_steps: NonNegativeInt = 0
-    """optimizer steps of linear warm-up"""
+    """PPO iterations of linear warm-up"""
     schedule: Schedule = "constant"
-    """shape of the learning rates after the warm-up; cosine and linear end at 0 with the last step"""
+    """shape of the learning rates after the warm-up; cosine and linear end at 0 with the last iteration"""
     max_grad_norm: PositiveFloat | None = 1.0
     """gradients are scaled down to this norm; null for no limit"""
     critic_warmup_steps: NonNegativeInt = 0

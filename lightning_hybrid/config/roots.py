@@ -122,9 +122,9 @@ def _minibatch_divides_over_ranks(run: PPORun) -> Problem | None:
 
 def _minibatch_fits_rollout(run: PPORun) -> Problem | None:
     ranks, size = _ranks(run.trainer), run.algorithm.minibatch_size
-    if ranks is None or size is None or size <= run.data.batch_size * ranks:
+    if ranks is None or size is None or run.data.batch_size * ranks % size == 0:
         return None
-    remedy = f"must not exceed the rollout batch of {run.data.batch_size * ranks} (data.batch_size times ranks)"
+    remedy = f"must divide the rollout batch of {run.data.batch_size * ranks} (data.batch_size times ranks)"
     return Problem("algorithm.minibatch_size", remedy, str(size))
 
 

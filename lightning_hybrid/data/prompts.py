@@ -109,8 +109,10 @@ def encode_prompts(
             continue
         ids = with_bos(tokenizer, ids) if bos else ids
         if rule.keeps(len(ids), example.where, dropped, problems):
-            ids = ids if rule.room is None else keep_end(ids, rule.room, tokenizer.bos_token_id)
-            kept.append(EncodedPrompt(ids, example.text, len(kept)))
+            cut = ids if rule.room is None else keep_end(ids, rule.room, tokenizer.bos_token_id)
+            # A reward judges what the policy was shown.
+            text = example.text if len(cut) == len(ids) else str(tokenizer.decode(cut, skip_special_tokens=True))
+            kept.append(EncodedPrompt(cut, text, len(kept)))
     problems.raise_if_any()
     dropped.report()
     return kept

@@ -124,8 +124,8 @@ def write_task(folder: str | Path, seed: int = 0, sizes: TaskSizes | None = None
 
     Returns:
         The paths: ``sft.jsonl`` (``prompt``, ``response``), ``preferences.jsonl`` (``prompt``, ``chosen``,
-        ``rejected``: the worst and the best of four samples by gold score), ``prompts.jsonl`` and ``heldout.jsonl`` (``prompt``, none in
-        both, and no held-out one in any training file), and the folder ``tokenizer``.
+        ``rejected``: the best and the worst of four samples by gold score), ``prompts.jsonl`` and ``heldout.jsonl``
+        (``prompt``, none in both, and no held-out one in any training file), and the folder ``tokenizer``.
 
     Raises:
         DataError: If ``sizes.heldout`` leaves no prompt to train on.

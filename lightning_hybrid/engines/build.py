@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import copy
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,12 @@ if TYPE_CHECKING:
 
 
 def build_engine(
-    module: nn.Module, optimizer: Optimizer, config: dict[str, Any], *, hybrid: bool = False
+    module: nn.Module,
+    optimizer: Optimizer,
+    config: dict[str, Any],
+    *,
+    hybrid: bool = False,
+    device: torch.device | None = None,
 ) -> DeepSpeedEngine:
     """Wrap ``module`` and its ``optimizer`` into one engine.
 
@@ -22,6 +28,7 @@ def build_engine(
         module: what the engine owns; every parameter of ``optimizer`` is in it.
         optimizer: a torch optimizer over the module's trainable parameters.
         config: a DeepSpeed config, see :func:`lightning_hybrid.engines.config.engine_config`.
+        device: where to put the module; by default the device of this process's local rank.
         hybrid: build a :class:`~lightning_hybrid.engines.hybrid.HybridEngine`, which can also generate.
     """
     import deepspeed
@@ -38,7 +45,7 @@ def build_engine(
     deepspeed.zero.partition_parameters.shutdown_init_context()
     try:
         return engine_class(
-            args=None,
+            args=_device_arguments(device),
             model=module,
             optimizer=optimizer,
             model_parameters=[p for p in module.parameters() if p.requires_grad],
@@ -54,22 +61,34 @@ def build_evaluation_engine(module: nn.Module, config: dict[str, Any], device: t
     """Make a module without an optimizer ready to evaluate: sharded at ZeRO-3, replicated on ``device`` otherwise.
 
     Returns:
-        A DeepSpeed engine at ZeRO-3, the module itself otherwise. Its parameters require no gradient and it is in
-        evaluation mode.
+        A DeepSpeed engine at ZeRO-3, the module itself otherwise.
     """
-    module.requires_grad_(False).eval()
+    cast_parameters(module, config_dtype(config))
     if config.get("zero_optimization", {}).get("stage", 0) < 3:
-        return module.to(device=device, dtype=config_dtype(config))
+        return module.to(device)
     import deepspeed
 
-    # The compute dtype is set here because DeepSpeed's own bf16/fp16 sections expect an optimizer.
-    module.to(dtype=config_dtype(config))
     engine: nn.Module
     engine, *_ = deepspeed.initialize(
-        model=module, config=copy.deepcopy(config), model_parameters=[], dist_init_required=False
+        args=_device_arguments(device),
+        model=module,
+        config=copy.deepcopy(config),
+        model_parameters=[],
+        dist_init_required=False,
     )
-    engine.eval()
     return engine
+
+
+def cast_parameters(module: nn.Module, dtype: torch.dtype) -> None:
+    """Cast floating-point parameters, and leave buffers: rotary frequencies in bf16 move distant tokens."""
+    for parameter in module.parameters():
+        if parameter.is_floating_point() and not hasattr(parameter, "ds_id"):
+            parameter.data = parameter.data.to(dtype)
+
+
+def _device_arguments(device: torch.device | None) -> argparse.Namespace | None:
+    """DeepSpeed takes the local rank for the device's index; ``devices=[1]`` makes them differ."""
+    return None if device is None or device.index is None else argparse.Namespace(device_rank=device.index)
 
 
 def config_dtype(config: dict[str, Any]) -> torch.dtype:

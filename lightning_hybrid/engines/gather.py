@@ -18,17 +18,19 @@ def is_sharded(module: nn.Module) -> bool:
 
 
 @contextmanager
-def gathered(module: nn.Module) -> Iterator[None]:
+def gathered(module: nn.Module, writable: bool = False) -> Iterator[None]:
     """Hold every parameter of ``module`` whole on every rank inside the block; a no-op where nothing is sharded.
 
-    Writing into the parameters inside the block is lost when they are given back.
+    Args:
+        module: whose parameters to gather.
+        writable: keep what rank 0 writes into them; otherwise writes are lost when the parameters are given back.
     """
     if not is_sharded(module):
         yield
         return
     import deepspeed
 
-    with deepspeed.zero.GatheredParameters(list(module.parameters())):
+    with deepspeed.zero.GatheredParameters(list(module.parameters()), modifier_rank=0 if writable else None):
         yield
 
 

@@ -105,5 +105,9 @@ def discard_gradients(engine: DeepSpeedEngine) -> None:
         if held:
             for group in held:
                 held[group] = None
+    if getattr(engine.optimizer, "cpu_offload", False):
+        # Offloaded gradients are added up from the second micro-batch on; make the next one the first.
+        engine.optimizer.micro_step_id = -1
+        engine.optimizer._offload_accumulated_param_ids.clear()
     for parameter in engine.module.parameters():
         parameter.grad = None

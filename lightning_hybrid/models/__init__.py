@@ -1,6 +1,14 @@
 """The models of the house: a policy that answers with log-probs, and a trunk with a scalar head."""
 
-from lightning_hybrid.models.loading import build_policy, load_policy, load_scalar, load_tokenizer, max_positions
+from lightning_hybrid.models.loading import (
+    build_policy,
+    disable_dropout,
+    end_of_text_ids,
+    load_policy,
+    load_scalar,
+    load_tokenizer,
+    max_positions,
+)
 from lightning_hybrid.models.policy import Policy, PolicyOutput
 from lightning_hybrid.models.scalar import ScalarModel, last_value
 
@@ -9,6 +17,8 @@ __all__ = [
     "PolicyOutput",
     "ScalarModel",
     "build_policy",
+    "disable_dropout",
+    "end_of_text_ids",
     "last_value",
     "load_policy",
     "load_scalar",

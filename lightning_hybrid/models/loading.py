@@ -65,6 +65,21 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def end_of_text_ids(policy: Policy, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Every id that ends a response: the tokenizer's EOS and those of the model's own generation config."""
+    configured = policy.model.generation_config.eos_token_id
+    ids = [tokenizer.eos_token_id, *(configured if isinstance(configured, list) else [configured])]
+    return sorted({int(i) for i in ids if i is not None})
+
+
+def disable_dropout(module: torch.nn.Module) -> None:
+    """Set every dropout to 0: with it, a policy differs from itself, and ratios are not 1 on fresh experience."""
+    for part in module.modules():
+        for name in ("p", "dropout", "attention_dropout", "activation_dropout", "hidden_dropout", "layerdrop"):
+            if isinstance(getattr(part, name, None), float):
+                setattr(part, name, 0.0)
+
+
 def max_positions(config: Any) -> int | None:
     """How many positions a model has, or None when its family has no limit (ALiBi)."""
     text = config.get_text_config()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -66,16 +67,30 @@ class Policy(nn.Module):
 
     def _score(self, hidden: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
         """Log-prob and entropy of each row of ``hidden`` ``[tokens, width]``, both ``[tokens]``."""
+        calls = self._head_calls(len(targets), hidden.device)
         # A single chunk is within the memory bound as it is; recomputing it would only cost time.
-        recompute = torch.is_grad_enabled() and len(targets) > self.chunk
-        pieces = [
-            checkpoint(self._score_chunk, h, t, temperature, use_reentrant=False)
-            if recompute
-            else self._score_chunk(h, t, temperature)
-            for h, t in zip(hidden.split(self.chunk), targets.split(self.chunk), strict=True)
-        ]
+        recompute = torch.is_grad_enabled() and calls > 1
+        pieces = []
+        for begin in range(0, calls * self.chunk, self.chunk):
+            chunk = (hidden[begin : begin + self.chunk], targets[begin : begin + self.chunk], temperature)
+            run = partial(checkpoint, self._score_chunk, use_reentrant=False) if recompute else self._score_chunk
+            pieces.append(run(*chunk))
         logprobs, entropy = zip(*pieces, strict=True)
         return torch.cat(logprobs), torch.cat(entropy)
+
+    def _head_calls(self, tokens: int, device: torch.device) -> int:
+        """Chunks to run: as many as this rank's tokens fill, at least one.
+
+        Where the head is sharded (ZeRO-3), every call is a collective: all ranks make as many as the one with the most
+        tokens, the others some on no tokens.
+        """
+        calls = max(1, -(-tokens // self.chunk))
+        sharded = hasattr(next(self.parameters()), "ds_id")
+        if not sharded or torch.distributed.get_world_size() == 1:
+            return calls
+        most = torch.tensor(calls, device=device)
+        torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
+        return int(most)
 
     def _score_chunk(self, hidden: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
         logits = head_logits(self.model, hidden).float() / temperature

@@ -19,9 +19,9 @@ def rollout_metrics(module: PPOModule, rollout: Rollout, experience: Experience)
     """Figures of the responses: reward, KL to the reference (nats), lengths, rollout against training."""
     mask = experience.mask
     kl = estimate_kl(experience.old_logprobs, experience.ref_logprobs, module.config.kl_estimator)
-    gap = (rollout.policy_logprobs - experience.old_logprobs).abs().masked_fill(~mask, 0.0)
-    if module.rollout_config.temperature != 1.0:
-        gap = (rollout.sampling_logprobs - experience.old_logprobs).abs().masked_fill(~mask, 0.0)
+    # Old log-probs are at the rollout's temperature; what is comparable is what was sampled at it, less any cut-off.
+    drawn = rollout.policy_logprobs if module.rollout_config.temperature == 1.0 else rollout.sampling_logprobs
+    gap = (drawn - experience.old_logprobs).abs().masked_fill(~mask, 0.0)
     returns, values = experience.returns[mask].double(), experience.values[mask].double()
     raw = module.raw_scores.double()
     sums = module._sum_over_ranks(
@@ -67,7 +67,7 @@ def update_metrics(module: PPOModule, update: dict[str, float], rollout: Rollout
     metrics |= {f"seconds/{name}": value for name, value in seconds.items()}
     metrics |= {
         "throughput/rollout_tokens_per_second": tokens / seconds["rollout"],
-        "throughput/update_tokens_per_second": tokens * module.config.epochs / seconds["update"],
+        "throughput/update_tokens_per_second": tokens * update["epochs"] / seconds["update"],
         "optimizer_steps": float(module.optimizer_steps),
         "lr": module.trainer.optimizers[0].param_groups[0]["lr"],
     }

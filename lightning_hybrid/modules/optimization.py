@@ -18,10 +18,15 @@ def make_adamw(
     if weight_decay == 0:
         return AdamW(trainable, lr=lr, betas=betas, weight_decay=0.0)
     groups = [
-        {"params": [p for p in trainable if p.dim() > 1], "weight_decay": weight_decay},
-        {"params": [p for p in trainable if p.dim() <= 1], "weight_decay": 0.0},
+        {"params": [p for p in trainable if _dimensions(p) > 1], "weight_decay": weight_decay},
+        {"params": [p for p in trainable if _dimensions(p) <= 1], "weight_decay": 0.0},
     ]
     return AdamW([group for group in groups if group["params"]], lr=lr, betas=betas)
+
+
+def _dimensions(parameter: nn.Parameter) -> int:
+    """Dimensions of the whole parameter; a ZeRO-3 shard is flat."""
+    return len(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def make_schedule(optimizer: Optimizer, schedule: str, warmup_steps: int, total_steps: float) -> LambdaLR:

@@ -6,6 +6,8 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+import torch
+
 
 class Phases:
     """Name and time the phases of an iteration.
@@ -26,8 +28,15 @@ class Phases:
         """Run a block as the phase ``name``; its seconds replace those of the previous iteration."""
         for listener in self.listeners:
             listener(name)
-        begin = time.perf_counter()
+        begin = _now()
         try:
             yield
         finally:
-            self.seconds[name] = time.perf_counter() - begin
+            self.seconds[name] = _now() - begin
+
+
+def _now() -> float:
+    """Seconds, after the device has done what it was given."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    return time.perf_counter()

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import lightning as L
 import torch
@@ -13,7 +14,15 @@ from torch import Tensor
 
 from lightning_hybrid.config import PPOConfig, RolloutConfig
 from lightning_hybrid.errors import ConfigError
-from lightning_hybrid.models import Policy, ScalarModel, load_policy, load_scalar, load_tokenizer
+from lightning_hybrid.models import (
+    Policy,
+    ScalarModel,
+    disable_dropout,
+    end_of_text_ids,
+    load_policy,
+    load_scalar,
+    load_tokenizer,
+)
 from lightning_hybrid.modules.experience import Experience, state_values
 from lightning_hybrid.modules.metrics import rollout_metrics, update_metrics
 from lightning_hybrid.modules.optimization import make_adamw, make_schedule
@@ -37,6 +46,8 @@ from lightning_hybrid.strategy import EngineSpec, HybridDeepSpeedStrategy
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+T = TypeVar("T")
 
 
 class PPOModule(L.LightningModule):
@@ -87,15 +98,19 @@ class PPOModule(L.LightningModule):
         )
         self.reward_model, self.reward = self._reward_source(reward, reward_tokenizer)
         self.critic = self._critic_start(critic)
+        for model in (self.actor, self.critic):
+            disable_dropout(model)
         self.kl_controller = _kl_controller(self.config)
         self.score_moments = RunningMoments()
         self.phases = Phases()
         self.optimizer_steps = 0
-        eos = self.tokenizer.eos_token_id
         pad = self.tokenizer.pad_token_id
-        self.backend = make_backend(self.rollout_config, [] if eos is None else [eos], 0 if pad is None else pad)
+        eos_ids = end_of_text_ids(self.actor, self.tokenizer)
+        self.backend = make_backend(self.rollout_config, eos_ids, 0 if pad is None else pad)
 
-    def _reward_source(self, reward: Any, tokenizer: PreTrainedTokenizerBase | None) -> tuple[Any, Any]:
+    def _reward_source(
+        self, reward: Any, tokenizer: PreTrainedTokenizerBase | None
+    ) -> tuple[ScalarModel | None, RewardFunction | LearnedReward]:
         """The reward model, if the reward is one, and what scores texts."""
         if not isinstance(reward, ScalarModel | str | Path):
             return None, RewardFunction(reward)
@@ -109,8 +124,8 @@ class PPOModule(L.LightningModule):
             return critic
         if critic is not None:
             return load_scalar(critic)
-        if isinstance(self.reward_model, ScalarModel) and _same_vocabulary(self.reward_model, self.actor):
-            return copy.deepcopy(self.reward_model)
+        if isinstance(self.reward, LearnedReward) and self.reward.tokenizer.get_vocab() == self.tokenizer.get_vocab():
+            return copy.deepcopy(self.reward.model)
         return scalar_from_policy(self.actor)
 
     # ---- what the Trainer asks for ---------------------------------------------------------------------------------
@@ -200,13 +215,12 @@ class PPOModule(L.LightningModule):
     def _raw_scores(self, prompts: list[str], rollout: Rollout) -> Tensor:
         """The reward's own numbers; a rank whose reward fails stops every rank."""
         responses = decode_responses(self.tokenizer, rollout)
-        result: Tensor | Exception
-        try:
-            result = self.reward(prompts, responses)
-        except Exception as error:
-            result = error
-        scores: Tensor = agree(result)
-        return scores.to(self.device)
+        if not isinstance(self.reward, LearnedReward):
+            return _on_every_rank(lambda: self.reward(prompts, responses)).to(self.device)
+        # What one rank alone can fail at comes before the model's forward, which under ZeRO-3 needs all ranks.
+        learned = self.reward
+        ids = _on_every_rank(lambda: learned.encode(prompts, responses))
+        return _on_every_rank(lambda: learned.score_ids(ids)).to(self.device)
 
     @torch.no_grad()
     def gain_experience(self, rollout: Rollout, scores: Tensor) -> Experience:
@@ -237,9 +251,10 @@ class PPOModule(L.LightningModule):
         """Adjust the KL coefficient, step the schedules, log."""
         metrics = rollout_metrics(self, rollout, experience)
         self.kl_controller.update(metrics["policy/kl"], len(experience) * self.trainer.world_size)
+        metrics |= update_metrics(self, update, rollout)
         self._step_schedules()
         self.last_rollout = rollout
-        self.log_dict(metrics | update_metrics(self, update, rollout), batch_size=len(experience))
+        self.log_dict(metrics, batch_size=len(experience))
         self.log_dict({"score": metrics["reward/score"], "kl": metrics["policy/kl"]}, prog_bar=True, logger=False)
 
     def _step_schedules(self) -> None:
@@ -266,12 +281,17 @@ class PPOModule(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the KL controller and the running moments of the scores."""
-        checkpoint["ppo"] = {"kl": self.kl_controller.state_dict(), "scores": self.score_moments.state_dict()}
+        checkpoint["ppo"] = {
+            "kl": self.kl_controller.state_dict(),
+            "scores": self.score_moments.state_dict(),
+            "optimizer_steps": self.optimizer_steps,
+        }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Go on with the KL controller and the running moments of the scores."""
         self.kl_controller.load_state_dict(checkpoint["ppo"]["kl"])
         self.score_moments.load_state_dict(checkpoint["ppo"]["scores"])
+        self.optimizer_steps = checkpoint["ppo"]["optimizer_steps"]
 
 
 def scalar_from_policy(policy: Policy) -> ScalarModel:
@@ -286,8 +306,14 @@ def scalar_from_policy(policy: Policy) -> ScalarModel:
     return ScalarModel(model)
 
 
-def _same_vocabulary(first: ScalarModel, second: Policy) -> bool:
-    return bool(first.config.vocab_size == second.config.vocab_size)
+def _on_every_rank(compute: Callable[[], T]) -> T:
+    """The result of ``compute``; where it fails on one rank, every rank raises."""
+    result: T | Exception
+    try:
+        result = compute()
+    except Exception as error:
+        result = error
+    return agree(result)
 
 
 def _policy(actor: Policy | str | Path, chunk: int) -> Policy:

@@ -33,6 +33,7 @@ class RewardModule(L.LightningModule):
         """Loss of one batch of pairs, see :class:`~lightning_hybrid.data.PreferenceDataModule`."""
         loss, chosen, rejected = self._compare(batch)
         self.log_dict(_agreement(loss, chosen, rejected), prog_bar=True)
+        self.log("lr", self.trainer.optimizers[0].param_groups[0]["lr"])
         return loss
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:

@@ -11,11 +11,12 @@ from torch import Tensor
 from lightning_hybrid.config import SFTConfig
 from lightning_hybrid.models import Policy, load_policy
 from lightning_hybrid.modules.optimization import make_adamw, make_schedule
-from lightning_hybrid.rl import masked_mean
 
 
 class SFTModule(L.LightningModule):
-    """Next-token cross-entropy, averaged over the tokens that count (responses and their EOS).
+    """Next-token cross-entropy, averaged over the tokens that count (responses and their EOS) of all ranks.
+
+    With ``accumulate_grad_batches``, each accumulated batch weighs the same, as everywhere in Lightning.
 
     Args:
         policy: a :class:`~lightning_hybrid.models.Policy`, or the path or hub name of a causal LM.
@@ -30,21 +31,25 @@ class SFTModule(L.LightningModule):
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Loss of one batch of instructions, see :class:`~lightning_hybrid.data.InstructionDataModule`."""
-        loss, _ = self._loss(batch)
-        self.log("loss", loss.detach(), prog_bar=True)
+        total, count = self._loss(batch)
+        # Engines average gradients over ranks: each rank's sum is divided by the mean count, which weighs tokens alike.
+        mean_count = self.trainer.strategy.reduce(count.float(), reduce_op="mean")
+        loss = total / mean_count.clamp_min(1)
+        self.log("loss", loss.detach(), prog_bar=True, sync_dist=True)
+        self.log("lr", self.trainer.optimizers[0].param_groups[0]["lr"])
         return loss
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """Log ``val/loss``, in nats per token."""
-        loss, count = self._loss(batch)
-        self.log("val/loss", loss, batch_size=int(count), sync_dist=True, prog_bar=True)
+        total, count = self._loss(batch)
+        self.log("val/loss", total / count.clamp_min(1), batch_size=int(count), sync_dist=True, prog_bar=True)
 
     def _loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Mean negative log-prob over the counted tokens, and their number."""
+        """Sum of the negative log-probs of the counted tokens, and their number."""
         counts = batch["loss_mask"].clone()
         counts[:, 0] = False  # the first token has no past to be predicted from
         output = self.policy(batch["input_ids"], batch["attention_mask"], counts)
-        return -masked_mean(output.logprobs, counts), counts.sum()
+        return -output.logprobs.sum(), counts.sum()
 
     def configure_optimizers(self) -> Any:
         """AdamW with a schedule that steps with the optimizer."""

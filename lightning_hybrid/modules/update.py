@@ -49,8 +49,8 @@ class PPOUpdate:
         for epoch in range(self.config.epochs):
             for rows in minibatches(len(experience), size, self._generator(epoch)):
                 if not self._step(experience, rows):
-                    return self._summary(stopped_early=1.0)
-        return self._summary(stopped_early=0.0)
+                    return self._summary(epochs=epoch + 1, stopped_early=1.0)
+        return self._summary(epochs=self.config.epochs, stopped_early=0.0)
 
     def _local_minibatch(self, rows: int) -> int:
         wanted = self.config.minibatch_size
@@ -156,9 +156,10 @@ class PPOUpdate:
             name: total / per[name] for name, total in zip(names, totals, strict=True)
         }
 
-    def _summary(self, stopped_early: float) -> dict[str, float]:
+    def _summary(self, epochs: float, stopped_early: float) -> dict[str, float]:
         mean = {name: sum(values) / len(values) for name, values in self.metrics.items()}
-        return mean | {"ratio_max": max(self.metrics["ratio_max"]), "stopped_early": stopped_early}
+        largest = max(self.metrics["ratio_max"])
+        return mean | {"ratio_max": largest, "epochs": epochs, "stopped_early": stopped_early}
 
 
 def _accumulate(sums: dict[str, Tensor], new: dict[str, Tensor]) -> None:

@@ -30,10 +30,10 @@ class LearnedReward:
     def __init__(self, model: ScalarModel, tokenizer: PreTrainedTokenizerBase, batch_size: int = 32) -> None:
         self.model = model
         self.tokenizer = tokenizer
+        self.name = type(model.model).__name__
         self.batch_size = batch_size
         self.limit = max_positions(model.config)
 
-    @torch.no_grad()
     def __call__(self, prompts: list[str], responses: list[str]) -> Tensor:
         """Score each response.
 
@@ -47,12 +47,21 @@ class LearnedReward:
         Raises:
             RewardError: if a text is longer than the reward model's positions, or its score is not finite.
         """
+        return self.score_ids(self.encode(prompts, responses))
+
+    def encode(self, prompts: list[str], responses: list[str]) -> list[list[int]]:
+        """Token ids of each whole text; raises a RewardError where one has more than the model has positions."""
         texts = [prompt + response for prompt, response in zip(prompts, responses, strict=True)]
-        ids = [self._ids(row, encoded) for row, encoded in enumerate(encode_texts(self.tokenizer, texts))]
+        return [self._ids(row, encoded) for row, encoded in enumerate(encode_texts(self.tokenizer, texts))]
+
+    @torch.no_grad()
+    def score_ids(self, ids: list[list[int]]) -> Tensor:
+        """Score texts given as token ids, with BOS and EOS; ``[batch]`` float32 on the CPU."""
         scores = torch.cat([self._score(ids[i : i + self.batch_size]) for i in range(0, len(ids), self.batch_size)])
         if not scores.isfinite().all():
             row = int((~scores.isfinite()).nonzero()[0])
-            raise RewardError(f"the reward model scored sample {row} as {scores[row].item()}: text {texts[row][:80]!r}")
+            text = self.tokenizer.decode(ids[row])
+            raise RewardError(f"the reward model scored sample {row} as {scores[row].item()}: text {text[:80]!r}")
         return scores
 
     def _ids(self, row: int, encoded: list[int]) -> list[int]:

@@ -96,6 +96,13 @@ class HybridDeepSpeedStrategy(DeepSpeedStrategy):
 
     @property
     @override
+    def restore_checkpoint_after_setup(self) -> bool:
+        """Engines load their own shards; without engines, plain modules are loaded before they are sharded."""
+        assert self.lightning_module is not None
+        return self.lightning_module.trainer.state.fn == TrainerFn.FITTING
+
+    @property
+    @override
     def lightning_restore_optimizer(self) -> bool:
         return False
 
@@ -115,6 +122,7 @@ class HybridDeepSpeedStrategy(DeepSpeedStrategy):
     @override
     def _configure_launcher(self) -> None:
         assert self.cluster_environment is not None
+        self._refuse_unsuitable_device()  # before any process is started
         alone = self.num_processes * self.num_nodes == 1 and not self.cluster_environment.creates_processes_externally
         if alone:
             self._launcher = None  # stays in this process, which is what a notebook needs
@@ -124,7 +132,6 @@ class HybridDeepSpeedStrategy(DeepSpeedStrategy):
     @override
     def setup_environment(self) -> None:
         assert self.accelerator is not None
-        self._refuse_unsuitable_device()
         prepare_deepspeed(self.root_device.type)
         self.accelerator.setup_device(self.root_device)
         self.setup_distributed()
@@ -191,9 +198,9 @@ class HybridDeepSpeedStrategy(DeepSpeedStrategy):
         assert self.model is not None
         self.accelerator.setup(trainer)
         self.model = self.precision_plugin.convert_module(self.model)
-        self.model_to_device()
         fitting = trainer.state.fn == TrainerFn.FITTING
         self._build_engines(fitting)
+        self.model_to_device()
         self.setup_precision_plugin()
         self.barrier()
 
@@ -206,6 +213,8 @@ class HybridDeepSpeedStrategy(DeepSpeedStrategy):
         for name, module in frozen.items():
             config = self.engine_config(specs.get(name))
             config.pop("hybrid_engine", None)
+            if name in specs and specs[name].kind == "frozen":
+                module.requires_grad_(False).eval()
             self.frozen[name] = build_evaluation_engine(module, config, self.root_device)
         optimizers: list[Optimizer] = [self._build_engine(owner) for owner in owners]
         if fitting:
@@ -214,7 +223,8 @@ class HybridDeepSpeedStrategy(DeepSpeedStrategy):
     def _build_engine(self, owner: Owner) -> EngineOptimizer:
         params = [list(group["params"]) for group in owner.optimizer.param_groups]
         hybrid = owner.spec.kind == "hybrid"
-        engine = build_engine(owner.module, owner.optimizer, self.engine_config(owner.spec), hybrid=hybrid)
+        config = self.engine_config(owner.spec)
+        engine = build_engine(owner.module, owner.optimizer, config, hybrid=hybrid, device=self.root_device)
         self.engines[owner.name] = engine
         return EngineOptimizer(engine, params)
 
@@ -241,6 +251,16 @@ class HybridDeepSpeedStrategy(DeepSpeedStrategy):
 
         with deepspeed.zero.Init(enabled=self.zero_stage_3, config_dict_or_path=self.engine_config()):
             yield
+
+    @override
+    def model_to_device(self) -> None:
+        """Move what is outside all engines; engines place their own modules, after casting and sharding them."""
+        assert self.lightning_module is not None
+        owned = [*self.engines, *self.frozen]
+        for module_name, module in self.lightning_module.named_modules():
+            if not any(name in ("", module_name) or module_name.startswith(f"{name}.") for name in owned):
+                for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+                    tensor.data = tensor.data.to(self.root_device)
 
     # ---- steps -----------------------------------------------------------------------------------------------------
 
@@ -310,7 +330,12 @@ class HybridDeepSpeedStrategy(DeepSpeedStrategy):
 
     @override
     def load_checkpoint(self, checkpoint_path: _PATH, weights_only: bool | None = None) -> dict[str, Any]:
-        return checkpoint.load_run(checkpoint_path, self.engines)
+        assert self.lightning_module is not None
+        if self.lightning_module.trainer.state.fn == TrainerFn.FITTING:
+            checkpoint.load_engines(checkpoint_path, self.engines)
+        else:
+            checkpoint.load_modules(checkpoint_path, self.lightning_module)
+        return checkpoint.load_state(checkpoint_path, weights_only is not False)
 
     @override
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
@@ -319,10 +344,11 @@ class HybridDeepSpeedStrategy(DeepSpeedStrategy):
 
     @override
     def teardown(self) -> None:
-        for engine in self.engines.values():
-            engine.module_forward_pre_hook.remove()
-            engine.module_forward_post_hook.remove()
-            engine.destroy()
+        for engine in (*self.engines.values(), *self.frozen.values()):
+            if hasattr(engine, "destroy"):
+                engine.module_forward_pre_hook.remove()
+                engine.module_forward_post_hook.remove()
+                engine.destroy()
         self.engines, self.frozen = {}, {}
         if self._set_local_rank:
             os.environ.pop("LOCAL_RANK", None)

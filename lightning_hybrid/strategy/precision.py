@@ -6,11 +6,11 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch.plugins.precision.deepspeed import DeepSpeedPrecision
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import LBFGS
 from typing_extensions import override
 
-from lightning_hybrid.engines import backward
+from lightning_hybrid.engines import backward, cast_parameters
 from lightning_hybrid.errors import StrategyError
 
 if TYPE_CHECKING:
@@ -19,6 +19,13 @@ if TYPE_CHECKING:
 
 class HybridPrecision(DeepSpeedPrecision):
     """Backward through every engine a loss reaches; step the engine an optimizer stands for."""
+
+    @override
+    def convert_module(self, module: nn.Module) -> nn.Module:
+        """Cast parameters with ``*-true`` precision; buffers stay as they are."""
+        if "true" in self.precision:
+            cast_parameters(module, self._desired_dtype)
+        return module
 
     @override
     def backward(  # type: ignore[override]

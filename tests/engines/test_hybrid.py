@@ -1,4 +1,4 @@
-"""The hybrid engine generates with the weights it trains, for every family, and breaks nothing that DeepSpeed's breaks."""
+"""The hybrid engine generates with the weights it trains, for every family."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_hybrid.engines import backward, build_engine, engine_config, gathered, prepare_deepspeed
+from lightning_hybrid.engines import backward, build_engine, engine_config, gathered
 from lightning_hybrid.errors import RolloutError, StrategyError
 from lightning_hybrid.models import Policy
 from tests.helpers import SHARD_EVERYTHING, tiny_policy
@@ -18,21 +18,7 @@ PROMPT = torch.tensor([[5, 10, 20], [0, 7, 8]])
 MASK = torch.tensor([[1, 1, 1], [0, 1, 1]])
 
 
-@pytest.fixture(autouse=True)
-def alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A process group of one."""
-    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setenv("MASTER_PORT", "29544")
-    prepare_deepspeed("cpu")
-    import deepspeed
-
-    from lightning_hybrid.engines.environment import forget_process_groups
-
-    if not torch.distributed.is_initialized():
-        forget_process_groups()
-        torch.distributed.init_process_group("gloo")
-    deepspeed.init_distributed("gloo", verbose=False)
+pytestmark = pytest.mark.usefixtures("alone_in_group")
 
 
 def hybrid(policy: Policy, stage: int = 2, precision: str = "32-true", **keys: Any) -> Any:

@@ -62,7 +62,7 @@ def _start(command: Sequence[str | Path], environment: Mapping[str, str], files:
     with files.with_suffix(".out").open("wb") as out, files.with_suffix(".err").open("wb") as err:
         return subprocess.Popen(
             [str(word) for word in command],
-            env=os.environ | {"PYTHONPATH": path} | environment,
+            env={**os.environ, "PYTHONPATH": path, **environment},
             cwd=files.parent,
             stdout=out,
             stderr=err,

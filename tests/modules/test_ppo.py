@@ -78,7 +78,7 @@ def test_an_iteration_is_one_step_however_many_optimizer_steps_it_takes() -> Non
 
 def test_schedules_count_iterations() -> None:
     rows = fit(module(schedule="linear", epochs=2), steps=4)
-    assert [row["lr"] for row in rows] == pytest.approx([3e-3 * part for part in (0.75, 0.5, 0.25, 0.0)])
+    assert [row["lr"] for row in rows] == pytest.approx([3e-3 * part for part in (1.0, 0.75, 0.5, 0.25)])
 
 
 def test_every_figure_that_an_iteration_promises_is_logged_and_finite() -> None:

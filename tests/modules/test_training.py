@@ -35,10 +35,10 @@ def test_sft_averages_over_responses_only() -> None:
     tokens = torch.tensor([[1, 5, 6, 7, 2], [1, 8, 9, 2, 0]])
     mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 1, 0]]).bool()
     counts = torch.tensor([[0, 0, 0, 1, 1], [0, 0, 1, 1, 0]]).bool()
-    loss, _ = module._loss({"input_ids": tokens, "attention_mask": mask, "loss_mask": counts})
+    total, count = module._loss({"input_ids": tokens, "attention_mask": mask, "loss_mask": counts})
     logp = module.policy.model(tokens).logits.float().log_softmax(-1)
     expected = -(logp[0, 2, 7] + logp[0, 3, 2] + logp[1, 1, 9] + logp[1, 2, 2]) / 4
-    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(total / count, expected)
 
 
 @pytest.mark.parametrize("stage", ["hybrid_deepspeed_stage_1", "hybrid_deepspeed_stage_3"])

@@ -68,11 +68,9 @@ def test_fp16_on_a_cpu_is_refused(precision: str) -> None:
 
 
 def test_more_processes_than_the_machine_can_run_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    strategy = HybridDeepSpeedStrategy()
-    trainer = quiet_trainer(strategy, devices=64)
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
     with pytest.raises(StrategyError, match="devices=64 CPU processes for 2 cores: use devices<=4"):
-        trainer.strategy.setup_environment()
+        quiet_trainer("hybrid_deepspeed", devices=64)
 
 
 def test_stage_0_with_bf16_is_refused_with_the_stage_to_use() -> None:
