@@ -20,7 +20,7 @@ from torch import Tensor
 from lightning_hybrid.engines import engine_config, prepare_deepspeed
 from lightning_hybrid.models import build_policy
 from lightning_hybrid.modules.optimization import make_adamw
-from lightning_hybrid.modules.ppo import scalar_from_policy
+from lightning_hybrid.modules.roles import scalar_from_policy
 from lightning_hybrid.strategy import HybridDeepSpeedStrategy
 
 VOCABULARY = 2048

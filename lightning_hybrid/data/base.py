@@ -149,14 +149,18 @@ class TextDataModule(LightningDataModule, Generic[Example]):
 
     def _tokens(self) -> PreTrainedTokenizerBase:
         if self.tokenizer is None:
-            module = getattr(self.trainer, "lightning_module", None)
-            self.tokenizer = getattr(module, "tokenizer", None)
+            self.tokenizer = getattr(self._module(), "tokenizer", None)
         if self.tokenizer is None:
             raise ConfigError(f"{type(self).__name__} has no tokenizer: pass tokenizer=..., the one of the model")
         return self.tokenizer
 
     def _rule(self, reserve: int = 0) -> LengthRule:
-        return LengthRule(self.max_length, self.too_long, reserve)
+        limit = getattr(self._module(), "max_positions", None) if self.max_length is None else self.max_length
+        return LengthRule(limit, self.too_long, reserve)
+
+    def _module(self) -> Any:
+        """The module that is trained, where there is one yet."""
+        return getattr(self.trainer, "lightning_module", None)
 
 
 def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:

@@ -32,7 +32,7 @@ class InstructionDataModule(TextDataModule[instructions.Instruction]):
         validation_fraction: Share of the rows kept for validation, chosen by a hash of the row.
         validation_path: File or files for validation instead.
         num_workers: Processes that collate batches.
-        max_length: Most tokens of a row; the model's positions.
+        max_length: Most tokens of a row; ``None``: the positions of the model that is trained.
         too_long: What happens to longer rows: ``drop`` (counted), ``truncate`` (the end), ``error``.
         prompt_key: Name of the prompt in a row; ``None`` where the whole text is learned.
         response_key: Name of the response in a row.
@@ -184,7 +184,8 @@ class PromptDataModule(TextDataModule[prompts.Prompt]):
         path: As all common arguments: see `InstructionDataModule`.
         prompt_key: Name of the prompt in a row.
         first_words: Cut each text to its first words; repeated prompts are then dropped, and counted.
-        max_new_tokens: Tokens that must fit within ``max_length`` behind each prompt.
+        max_new_tokens: Tokens that must fit within ``max_length`` behind each prompt; ``None``: what the module that is
+            trained will sample.
         bos: Begin with BOS, where the tokenizer has one.
 
     Raises:
@@ -199,7 +200,7 @@ class PromptDataModule(TextDataModule[prompts.Prompt]):
         *,
         prompt_key: str = "prompt",
         first_words: int | None = None,
-        max_new_tokens: int = 64,
+        max_new_tokens: int | None = None,
         bos: bool = True,
         **common: Unpack[CommonArguments],
     ) -> None:
@@ -216,7 +217,7 @@ class PromptDataModule(TextDataModule[prompts.Prompt]):
 
     def _dataset(self, examples: list[prompts.Prompt], source: str, *, training: bool) -> Any:
         encoded = prompts.encode_prompts(
-            examples, self._tokens(), self._rule(reserve=self.max_new_tokens), source, bos=self.bos
+            examples, self._tokens(), self._rule(reserve=self._reserve()), source, bos=self.bos
         )
         ranks = self.trainer.world_size if self.trainer is not None else 1
         if training and len(encoded) < self.batch_size * ranks:
@@ -225,6 +226,11 @@ class PromptDataModule(TextDataModule[prompts.Prompt]):
                 f"{ranks} ranks = {self.batch_size * ranks}; lower batch_size or add prompts"
             )
         return encoded
+
+    def _reserve(self) -> int:
+        rollout = getattr(self._module(), "rollout_config", None)
+        configured = getattr(rollout, "max_new_tokens", 64)
+        return int(configured if self.max_new_tokens is None else self.max_new_tokens)
 
     def _collator(self) -> Callable[[Any], Any]:
         return prompts.collate_prompts

@@ -14,15 +14,8 @@ from torch import Tensor
 
 from lightning_hybrid.config import PPOConfig, RolloutConfig
 from lightning_hybrid.errors import ConfigError
-from lightning_hybrid.models import (
-    Policy,
-    ScalarModel,
-    disable_dropout,
-    end_of_text_ids,
-    load_policy,
-    load_scalar,
-    load_tokenizer,
-)
+from lightning_hybrid.models import Policy, ScalarModel, disable_dropout, end_of_text_ids, max_positions
+from lightning_hybrid.modules import roles
 from lightning_hybrid.modules.experience import Experience, state_values
 from lightning_hybrid.modules.metrics import rollout_metrics, update_metrics
 from lightning_hybrid.modules.optimization import make_adamw, make_schedule
@@ -30,17 +23,8 @@ from lightning_hybrid.modules.passes import critic_values, policy_logprobs
 from lightning_hybrid.modules.phases import Phases
 from lightning_hybrid.modules.text import decode_responses
 from lightning_hybrid.modules.update import PPOUpdate
-from lightning_hybrid.rewards import LearnedReward, RewardCallable, RewardFunction, agree
-from lightning_hybrid.rl import (
-    AdaptiveKLController,
-    FixedKLController,
-    KLController,
-    RunningMoments,
-    gae,
-    moments,
-    token_rewards,
-    whiten,
-)
+from lightning_hybrid.rewards import LearnedReward, RewardCallable, agree
+from lightning_hybrid.rl import RunningMoments, gae, token_rewards, whiten
 from lightning_hybrid.rollout import Rollout, make_backend
 from lightning_hybrid.strategy import EngineSpec, HybridDeepSpeedStrategy
 
@@ -91,16 +75,18 @@ class PPOModule(L.LightningModule):
         self.config = config or PPOConfig()
         self.rollout_config = rollout or RolloutConfig()
         self.seed = seed
-        self.tokenizer = tokenizer or _tokenizer_beside(actor, "tokenizer")
-        self.actor = _policy(actor, self.config.logprob_chunk)
+        self.tokenizer = tokenizer or roles.tokenizer_beside(actor)
+        self.actor = roles.make_policy(actor, self.tokenizer, self.config.logprob_chunk)
         self.reference = (
-            copy.deepcopy(self.actor) if reference is None else _policy(reference, self.config.logprob_chunk)
+            copy.deepcopy(self.actor)
+            if reference is None
+            else roles.make_policy(reference, self.tokenizer, self.config.logprob_chunk)
         )
-        self.reward_model, self.reward = self._reward_source(reward, reward_tokenizer)
-        self.critic = self._critic_start(critic)
+        self.reward_model, self.reward = roles.make_reward(reward, reward_tokenizer or self.tokenizer)
+        self.critic = roles.make_critic(critic, self.reward, self.actor, self.tokenizer)
         for model in (self.actor, self.critic):
             disable_dropout(model)
-        self.kl_controller = _kl_controller(self.config)
+        self.kl_controller = roles.make_kl_controller(self.config)
         self.score_moments = RunningMoments()
         self.phases = Phases()
         self.optimizer_steps = 0
@@ -108,25 +94,10 @@ class PPOModule(L.LightningModule):
         eos_ids = end_of_text_ids(self.actor, self.tokenizer)
         self.backend = make_backend(self.rollout_config, eos_ids, 0 if pad is None else pad)
 
-    def _reward_source(
-        self, reward: Any, tokenizer: PreTrainedTokenizerBase | None
-    ) -> tuple[ScalarModel | None, RewardFunction | LearnedReward]:
-        """The reward model, if the reward is one, and what scores texts."""
-        if not isinstance(reward, ScalarModel | str | Path):
-            return None, RewardFunction(reward)
-        model = reward if isinstance(reward, ScalarModel) else load_scalar(reward)
-        if tokenizer is None:
-            tokenizer = load_tokenizer(reward) if isinstance(reward, str | Path) else self.tokenizer
-        return model, LearnedReward(model, tokenizer)
-
-    def _critic_start(self, critic: ScalarModel | str | Path | None) -> ScalarModel:
-        if isinstance(critic, ScalarModel):
-            return critic
-        if critic is not None:
-            return load_scalar(critic)
-        if isinstance(self.reward, LearnedReward) and self.reward.tokenizer.get_vocab() == self.tokenizer.get_vocab():
-            return copy.deepcopy(self.reward.model)
-        return scalar_from_policy(self.actor)
+    @property
+    def max_positions(self) -> int | None:
+        """Tokens that a prompt and its response may have together; None for no limit."""
+        return max_positions(self.actor.config)
 
     # ---- what the Trainer asks for ---------------------------------------------------------------------------------
 
@@ -205,8 +176,7 @@ class PPOModule(L.LightningModule):
         scores = self._raw_scores(prompts, rollout)
         self.raw_scores = scores
         if self.config.normalize_reward:
-            for chunk in self._gathered(moments(scores)).reshape(-1, 3).tolist():
-                self.score_moments.update(*chunk)
+            self._take_in(scores.double())
             scores = scores / max(self.score_moments.std, 1e-4)
         if self.config.missing_eos_penalty is not None:
             scores = scores - self.config.missing_eos_penalty * (~rollout.finished).float()
@@ -269,9 +239,12 @@ class PPOModule(L.LightningModule):
         engines = getattr(self.trainer.strategy, "engines", {})
         return engines[name] if name in engines else getattr(self, name).model
 
-    def _gathered(self, x: Tensor) -> Tensor:
-        gathered: Tensor = self.trainer.strategy.all_gather(x)
-        return gathered
+    def _take_in(self, scores: Tensor) -> None:
+        """Add this iteration's scores of all ranks to the running moments."""
+        sums = torch.stack([scores.new_tensor(len(scores)), scores.sum(), scores.square().sum()])
+        count, total, squares = self._sum_over_ranks(sums).tolist()
+        mean = total / count
+        self.score_moments.update(count, mean, max(squares - count * mean**2, 0.0))
 
     def _sum_over_ranks(self, x: Tensor) -> Tensor:
         reduced: Tensor = self.trainer.strategy.reduce(x.clone(), reduce_op="sum")
@@ -294,18 +267,6 @@ class PPOModule(L.LightningModule):
         self.optimizer_steps = checkpoint["ppo"]["optimizer_steps"]
 
 
-def scalar_from_policy(policy: Policy) -> ScalarModel:
-    """A critic with a copy of the policy's trunk and a head of zeros."""
-    from transformers import AutoModelForSequenceClassification
-
-    config = copy.deepcopy(policy.config)
-    config.num_labels = 1
-    model = AutoModelForSequenceClassification.from_config(config)
-    model.base_model.load_state_dict(policy.model.base_model.state_dict())
-    torch.nn.init.zeros_(model.score.weight)
-    return ScalarModel(model)
-
-
 def _on_every_rank(compute: Callable[[], T]) -> T:
     """The result of ``compute``; where it fails on one rank, every rank raises."""
     result: T | Exception
@@ -314,21 +275,3 @@ def _on_every_rank(compute: Callable[[], T]) -> T:
     except Exception as error:
         result = error
     return agree(result)
-
-
-def _policy(actor: Policy | str | Path, chunk: int) -> Policy:
-    return actor if isinstance(actor, Policy) else load_policy(actor, chunk)
-
-
-def _tokenizer_beside(model: Any, name: str) -> PreTrainedTokenizerBase:
-    if not isinstance(model, str | Path):
-        raise ConfigError(
-            f"{name} is required where the model is given as a module: there is no folder to read it from"
-        )
-    return load_tokenizer(model)
-
-
-def _kl_controller(config: PPOConfig) -> KLController:
-    if config.kl_target is None:
-        return FixedKLController(config.kl_coef)
-    return AdaptiveKLController(config.kl_coef, config.kl_target, config.kl_horizon)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_hybrid.config import RewardConfig
-from lightning_hybrid.models import ScalarModel, last_value, load_scalar
+from lightning_hybrid.models import ScalarModel, last_value, load_scalar, max_positions
 from lightning_hybrid.modules.optimization import make_adamw, make_schedule
 from lightning_hybrid.rl import preference_loss
 
@@ -28,6 +28,11 @@ class RewardModule(L.LightningModule):
         self.model = model if isinstance(model, ScalarModel) else load_scalar(model)
         self.model.train()  # from_pretrained leaves dropout off
         self.config = config or RewardConfig()
+
+    @property
+    def max_positions(self) -> int | None:
+        """Tokens that a text may have; None for no limit."""
+        return max_positions(self.model.config)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Loss of one batch of pairs, see :class:`~lightning_hybrid.data.PreferenceDataModule`."""

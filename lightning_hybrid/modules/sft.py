@@ -9,7 +9,7 @@ import lightning as L
 from torch import Tensor
 
 from lightning_hybrid.config import SFTConfig
-from lightning_hybrid.models import Policy, load_policy
+from lightning_hybrid.models import Policy, load_policy, max_positions
 from lightning_hybrid.modules.optimization import make_adamw, make_schedule
 
 
@@ -28,6 +28,11 @@ class SFTModule(L.LightningModule):
         self.policy = policy if isinstance(policy, Policy) else load_policy(policy)
         self.policy.train()  # from_pretrained leaves dropout off
         self.config = config or SFTConfig()
+
+    @property
+    def max_positions(self) -> int | None:
+        """Tokens that a text may have; None for no limit."""
+        return max_positions(self.policy.config)
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Loss of one batch of instructions, see :class:`~lightning_hybrid.data.InstructionDataModule`."""

@@ -25,6 +25,7 @@ from lightning_hybrid.engines import EngineOptimizer, build_engine, build_evalua
 from lightning_hybrid.engines.environment import forget_process_groups, prepare_deepspeed
 from lightning_hybrid.errors import StrategyError
 from lightning_hybrid.strategy import checkpoint
+from lightning_hybrid.strategy.devices import refuse_unsuitable_device
 from lightning_hybrid.strategy.ownership import EngineSpec, Owner, assign_owners
 from lightning_hybrid.strategy.precision import HybridPrecision
 
@@ -122,7 +123,8 @@ class HybridDeepSpeedStrategy(DeepSpeedStrategy):
     @override
     def _configure_launcher(self) -> None:
         assert self.cluster_environment is not None
-        self._refuse_unsuitable_device()  # before any process is started
+        # Before any process is started.
+        refuse_unsuitable_device(self.root_device, self.precision_plugin.precision, self.num_processes)
         alone = self.num_processes * self.num_nodes == 1 and not self.cluster_environment.creates_processes_externally
         if alone:
             self._launcher = None  # stays in this process, which is what a notebook needs
@@ -138,22 +140,6 @@ class HybridDeepSpeedStrategy(DeepSpeedStrategy):
         # DeepSpeed reads it throughout a run. Left behind, it would tell Lightning that a launcher had set it.
         self._set_local_rank = "LOCAL_RANK" not in os.environ
         os.environ.setdefault("LOCAL_RANK", str(self.local_rank))
-
-    def _refuse_unsuitable_device(self) -> None:
-        device = self.root_device.type
-        if device not in ("cpu", "cuda"):
-            raise StrategyError(
-                f"{self.strategy_name} runs on CPU and CUDA; accelerator is {device!r}: set it to 'cpu'"
-            )
-        if device == "cpu" and "16-" in self.precision_plugin.precision.replace("bf16", ""):
-            raise StrategyError(
-                f"precision={self.precision_plugin.precision!r} (fp16) needs CUDA: use 'bf16-mixed' or '32-true' on CPU"
-            )
-        cores = os.cpu_count() or 1
-        if device == "cpu" and self.num_processes > 2 * cores:
-            raise StrategyError(
-                f"devices={self.num_processes} CPU processes for {cores} cores: use devices<={2 * cores}"
-            )
 
     @override
     def setup_distributed(self) -> None:

@@ -54,6 +54,8 @@ def update(stage: int, world_size: int, **changes: Any) -> tuple[Tensor, Tensor,
     """Two PPO iterations on the given rollout: actor's weights, critic's weights, the last figures."""
     tokenizer = build_tokenizer()
     settings = {"actor_lr": 1e-3, "critic_lr": 1e-3, "epochs": 2, "micro_batch_size": 2, "reward_clip": None}
+    # Ranks score different numbers of tokens: with small chunks, different numbers of head calls.
+    settings |= {"logprob_chunk": 4}
     module = PPOModule(
         tiny_policy(), reward, PPOConfig(**settings | changes), RolloutConfig(max_new_tokens=9), tokenizer
     )

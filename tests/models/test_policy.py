@@ -133,7 +133,7 @@ def test_a_critic_from_a_causal_lm_begins_at_zero_and_round_trips(name: str, tmp
 def test_a_value_does_not_depend_on_padding() -> None:
     torch.manual_seed(0)
     policy = tiny_policy()
-    from lightning_hybrid.modules.ppo import scalar_from_policy
+    from lightning_hybrid.modules.roles import scalar_from_policy
 
     critic = scalar_from_policy(policy)
     torch.nn.init.normal_(critic.model.score.weight)

@@ -12,11 +12,12 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from lightning_hybrid import HybridDeepSpeedStrategy, PPOConfig, PPOModule, RolloutConfig
+from lightning_hybrid import HybridDeepSpeedStrategy, PPOConfig, PPOModule, PromptDataModule, RolloutConfig
 from lightning_hybrid.data.task import build_tokenizer
-from lightning_hybrid.errors import ConfigError, RewardError
+from lightning_hybrid.errors import ConfigError, DataError, RewardError
+from lightning_hybrid.models import build_policy
 from lightning_hybrid.modules.experience import minibatches, used_columns
-from lightning_hybrid.modules.ppo import scalar_from_policy
+from lightning_hybrid.modules.roles import scalar_from_policy
 from tests.helpers import quiet_trainer, tiny_policy, weights_of
 
 WARM = build_tokenizer().convert_tokens_to_ids("warm")
@@ -114,6 +115,34 @@ def test_the_first_pass_over_fresh_experience_has_ratio_one() -> None:
     assert row["policy/ratio_mean"] == pytest.approx(1.0, abs=1e-5)
     assert row["policy/clip_fraction"] == 0.0
     assert row["policy/kl"] == 0.0  # the reference is the policy as it started
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
+@pytest.mark.parametrize("stage", [1, 3])
+def test_in_bf16_too_the_reference_is_the_policy_as_it_started(precision: str, stage: int) -> None:
+    row = fit(module(), steps=1, strategy=HybridDeepSpeedStrategy(stage=stage), precision=precision)[0]
+    assert row["policy/kl"] == 0.0
+
+
+def test_dropout_does_not_make_a_fresh_policy_differ_from_itself() -> None:
+    torch.manual_seed(0)
+    gpt2 = build_policy({"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}, 49)
+    settings = PPOConfig(micro_batch_size=16)
+    ppo = PPOModule(gpt2, warm_share, settings, RolloutConfig(max_new_tokens=8), build_tokenizer())
+    row = fit(ppo, steps=1)[0]
+    assert row["policy/ratio_max"] == pytest.approx(1.0, abs=1e-5)
+
+
+def test_a_data_module_takes_tokenizer_lengths_and_limit_from_the_module(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"prompt": "mia visits the market ."}\n' * 8)
+    ppo = module()
+    quiet_trainer("hybrid_deepspeed", max_steps=1).fit(ppo, datamodule=PromptDataModule(str(path), batch_size=4))
+    path.write_text(('{"prompt": "' + "mia " * 60 + '"}\n') * 8)
+    with pytest.raises(DataError, match=r"prompts\.jsonl:1.*"):
+        quiet_trainer("hybrid_deepspeed", max_steps=1).fit(
+            module(), datamodule=PromptDataModule(str(path), batch_size=4, too_long="error")
+        )
 
 
 def test_frozen_models_stay_as_they_were() -> None:

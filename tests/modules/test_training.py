@@ -20,7 +20,7 @@ from lightning_hybrid import (
 from lightning_hybrid.callbacks import HFExport
 from lightning_hybrid.data.task import NOUNS, TaskFiles, TaskSizes, build_tokenizer, write_task
 from lightning_hybrid.models import load_policy, load_scalar, load_tokenizer
-from lightning_hybrid.modules.ppo import scalar_from_policy
+from lightning_hybrid.modules.roles import scalar_from_policy
 from lightning_hybrid.rewards import LearnedReward
 from tests.helpers import quiet_trainer, tiny_policy, weights_of
 
