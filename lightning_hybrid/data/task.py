@@ -60,7 +60,7 @@ class TaskSizes:
     """How many rows each file gets; there are 320 prompts, and those that are not held out are the training prompts."""
 
     sft: int = 2000
-    preferences: int = 6000
+    preferences: int = 8000
     heldout: int = 64
 
 
@@ -124,7 +124,7 @@ def write_task(folder: str | Path, seed: int = 0, sizes: TaskSizes | None = None
 
     Returns:
         The paths: ``sft.jsonl`` (``prompt``, ``response``), ``preferences.jsonl`` (``prompt``, ``chosen``,
-        ``rejected``: the best and the worst of four samples by gold score), ``prompts.jsonl`` and ``heldout.jsonl``
+        ``rejected``: the best and the worst of two or four by gold score), ``prompts.jsonl`` and ``heldout.jsonl``
         (``prompt``, none in both, and no held-out one in any training file), and the folder ``tokenizer``.
 
     Raises:
@@ -190,7 +190,9 @@ def _preferences(prompts: Sequence[str], count: int, draw: random.Random) -> Ite
     written = 0
     while written < count:
         prompt = draw.choice(prompts)
-        rejected, *_, chosen = sorted((sample_response(prompt, draw) for _ in range(4)), key=gold_score)
+        # Pairs far apart teach a reward model what matters, close ones how much.
+        candidates = draw.choice((2, 4))
+        rejected, *_, chosen = sorted((sample_response(prompt, draw) for _ in range(candidates)), key=gold_score)
         if gold_score(rejected) < gold_score(chosen):
             written += 1
             yield {"prompt": prompt, "chosen": chosen, "rejected": rejected}
