@@ -14,7 +14,7 @@ from lightning_hybrid.modules.text import decode_responses
 
 
 class SampleLog(L.Callback):
-    """Append sampled responses to a JSON Lines file: one ``{"step", "prompt", "response", "score"}`` per line.
+    """Write sampled responses to a JSON Lines file: one ``{"step", "prompt", "response", "score"}`` per line.
 
     ``step`` counts finished iterations, and ``score`` is the reward's own number. The first iteration is logged, and
     every ``every``-th after it, by global rank 0 only.

@@ -88,11 +88,11 @@ def test_entries_come_at_the_first_step_and_regularly_after_it_across_epochs(tmp
     assert [line["step"] for line in lines(path)] == [1, 4, 7]
 
 
-def test_a_later_run_appends(tmp_path):
+def test_a_later_run_begins_anew(tmp_path):
     path = tmp_path / "samples.jsonl"
     for _ in range(2):
         fit(Writer(), SampleLog(path, rows=1), batches=1)
-    assert [line["step"] for line in lines(path)] == [1, 1]
+    assert [line["step"] for line in lines(path)] == [1]
 
 
 def test_a_module_that_samples_nothing_is_named(tmp_path):
