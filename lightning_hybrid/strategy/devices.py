@@ -1,10 +1,12 @@
-"""Devices and precisions that cannot work, refused before any process is started."""
+"""Where things run: what cannot work is refused before any process is started, the rest is put in its place."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 
 import torch
+from torch import nn
 
 from lightning_hybrid.errors import StrategyError
 
@@ -27,3 +29,11 @@ def refuse_unsuitable_device(device: torch.device, precision: str, processes: in
     cores = os.cpu_count() or 1
     if device.type == "cpu" and processes > 2 * cores:
         raise StrategyError(f"devices={processes} CPU processes for {cores} cores: use devices<={2 * cores}")
+
+
+def place_outside(root: nn.Module, owned: Sequence[str], device: torch.device) -> None:
+    """Move parameters and buffers of ``root`` to ``device``, but for those inside the submodules named ``owned``."""
+    for module_name, module in root.named_modules():
+        if not any(name in ("", module_name) or module_name.startswith(f"{name}.") for name in owned):
+            for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+                tensor.data = tensor.data.to(device)

@@ -25,7 +25,8 @@ from lightning_hybrid.engines import EngineOptimizer, build_engine, build_evalua
 from lightning_hybrid.engines.environment import forget_process_groups, prepare_deepspeed
 from lightning_hybrid.errors import StrategyError
 from lightning_hybrid.strategy import checkpoint
-from lightning_hybrid.strategy.devices import refuse_unsuitable_device
+from lightning_hybrid.strategy.counting import counted_as_one
+from lightning_hybrid.strategy.devices import place_outside, refuse_unsuitable_device
 from lightning_hybrid.strategy.ownership import EngineSpec, Owner, assign_owners
 from lightning_hybrid.strategy.precision import HybridPrecision
 
@@ -242,11 +243,7 @@ class HybridDeepSpeedStrategy(DeepSpeedStrategy):
     def model_to_device(self) -> None:
         """Move what is outside all engines; engines place their own modules, after casting and sharding them."""
         assert self.lightning_module is not None
-        owned = [*self.engines, *self.frozen]
-        for module_name, module in self.lightning_module.named_modules():
-            if not any(name in ("", module_name) or module_name.startswith(f"{name}.") for name in owned):
-                for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
-                    tensor.data = tensor.data.to(self.root_device)
+        place_outside(self.lightning_module, [*self.engines, *self.frozen], self.root_device)
 
     # ---- steps -----------------------------------------------------------------------------------------------------
 
@@ -257,18 +254,8 @@ class HybridDeepSpeedStrategy(DeepSpeedStrategy):
         For modules that take several optimizer steps in one ``training_step``, whose users think in iterations:
         ``max_steps``, ``every_n_train_steps`` and progress then count iterations.
         """
-        optimizers = self._lightning_optimizers
-        hooks = [(o._on_before_step, o._on_after_step) for o in optimizers]
-        for optimizer in optimizers:
-            optimizer._on_before_step = optimizer._on_after_step = _count_nothing
-        before, after = hooks[0]
-        before()
-        try:
+        with counted_as_one(self._lightning_optimizers):
             yield
-        finally:
-            for optimizer, (on_before, on_after) in zip(optimizers, hooks, strict=True):
-                optimizer._on_before_step, optimizer._on_after_step = on_before, on_after
-        after()
 
     @override
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
@@ -345,7 +332,3 @@ def _save_run(strategy: HybridDeepSpeedStrategy, state: dict[str, Any], filepath
     folder = strategy.broadcast(filepath)
     checkpoint.save_run(folder, state, strategy.engines, is_writer=strategy.is_global_zero)
     strategy.barrier()
-
-
-def _count_nothing() -> None:
-    """Stand in for Lightning's step counters while a module counts by iteration."""
