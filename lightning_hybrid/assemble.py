@@ -14,8 +14,8 @@ from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 
 from lightning_hybrid.callbacks import HFExport, PhaseProgressBar
 from lightning_hybrid.config import DataConfig, LoggerConfig, ModelConfig, Run, StrategyConfig
-from lightning_hybrid.data import check_tokenizer
-from lightning_hybrid.models import Policy, ScalarModel, build_policy, load_policy, load_tokenizer, max_positions
+from lightning_hybrid.models import Policy, ScalarModel, build_policy, load_tokenizer, max_positions
+from lightning_hybrid.modules import roles
 from lightning_hybrid.strategy import STRATEGIES, HybridDeepSpeedStrategy
 
 if TYPE_CHECKING:
@@ -36,9 +36,7 @@ def make_policy(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, chunk: 
     """
     if config.architecture is not None:
         return build_policy(config.architecture, len(tokenizer), chunk)
-    policy = load_policy(str(config.path), chunk)
-    check_tokenizer(tokenizer, policy.config.get_text_config().vocab_size)
-    return policy
+    return roles.make_policy(str(config.path), tokenizer, chunk)
 
 
 def data_arguments(

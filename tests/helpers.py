@@ -32,6 +32,28 @@ SHARD_EVERYTHING = {
     }
 }
 
+# What every PPO iteration logs.
+PPO_FIGURES = {
+    "engine/generate_seconds",
+    "engine/samples_per_second",
+    "policy/clip_fraction",
+    "policy/entropy",
+    "policy/kl",
+    "policy/ratio_max",
+    "policy/ratio_mean",
+    "reward/score",
+    "rollout/eos_rate",
+    "rollout/response_length",
+    "seconds/experience",
+    "seconds/reward",
+    "seconds/rollout",
+    "seconds/update",
+    "throughput/rollout_tokens_per_second",
+    "throughput/update_tokens_per_second",
+    "value/explained_variance",
+    "value/loss",
+}
+
 
 def tiny_policy(seed: int = 0, **changes: Any) -> Policy:
     torch.manual_seed(seed)

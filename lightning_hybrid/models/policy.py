@@ -38,7 +38,7 @@ class Policy(nn.Module):
         super().__init__()
         self.model = model
         self.chunk = chunk
-        self._extra = _extra_arguments(model)
+        self._extra = extra_arguments(model)
 
     @property
     def config(self) -> Any:
@@ -99,7 +99,7 @@ class Policy(nn.Module):
         return chosen, -(logp.exp() * logp).sum(-1)
 
 
-def _extra_arguments(model: Any) -> frozenset[str]:
+def extra_arguments(model: Any) -> frozenset[str]:
     """Which of the optional arguments the model's trunk understands."""
     accepted = inspect.signature(model.base_model.forward).parameters
     return frozenset({"position_ids", "use_cache"} & set(accepted))

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_hybrid.models.policy import _extra_arguments, run_trunk
+from lightning_hybrid.models.policy import extra_arguments, run_trunk
 
 
 class ScalarModel(nn.Module):
@@ -28,7 +28,7 @@ class ScalarModel(nn.Module):
                 "use a decoder family such as Llama, Qwen, GPT-2 or OPT"
             )
         self.model = model
-        self._extra = _extra_arguments(model)
+        self._extra = extra_arguments(model)
 
     @property
     def config(self) -> Any:

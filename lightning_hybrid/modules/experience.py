@@ -8,8 +8,6 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from lightning_hybrid.rollout import Rollout
-
 
 @dataclass(frozen=True)
 class Experience:
@@ -66,7 +64,7 @@ def minibatches(size: int, minibatch_size: int, generator: torch.Generator) -> l
     return list(order.split(minibatch_size))
 
 
-def state_values(values: Tensor, rollout: Rollout) -> Tensor:
+def state_values(values: Tensor, mask: Tensor) -> Tensor:
     """Align a critic's output with the tokens: the value before token ``t`` is what the critic says at ``t - 1``."""
     shifted = torch.roll(values, 1, dims=1)
-    return shifted.masked_fill(~rollout.response_mask, 0.0)
+    return shifted.masked_fill(~mask, 0.0)

@@ -199,7 +199,7 @@ class PPOModule(L.LightningModule):
         size = config.micro_batch_size
         old = policy_logprobs(self.actor, rollout, size, self.rollout_config.temperature)
         ref = policy_logprobs(self.reference, rollout, size, self.rollout_config.temperature)
-        values = state_values(critic_values(self.critic, rollout, size), rollout)
+        values = state_values(critic_values(self.critic, rollout, size), mask)
         rewards = token_rewards(scores, old, ref, mask, self.kl_controller.value, config.reward_clip)
         advantages, returns = gae(rewards, values, mask, config.gamma, config.lam)
         if config.whiten_advantages:

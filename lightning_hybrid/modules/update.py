@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_hybrid.engines import backward, discard_gradients
 from lightning_hybrid.errors import ConfigError
-from lightning_hybrid.modules.experience import Experience, micro_batches, minibatches
+from lightning_hybrid.modules.experience import Experience, micro_batches, minibatches, state_values
 from lightning_hybrid.rl import aggregate, policy_loss, value_loss
 
 if TYPE_CHECKING:
@@ -116,8 +116,10 @@ class PPOUpdate:
             norm=norm,
             denominator=denominator,
         )
-        entropy = aggregate(output.entropy, part.mask, config.aggregation, norm=norm, denominator=denominator)
-        total = loss - config.entropy_coef * entropy if config.entropy_coef else loss
+        total = loss
+        if config.entropy_coef:
+            entropy = aggregate(output.entropy, part.mask, config.aggregation, norm=norm, denominator=denominator)
+            total = loss - config.entropy_coef * entropy
         backward(total, [self.actor])
         tokens = part.mask.sum()
         return {
@@ -130,9 +132,8 @@ class PPOUpdate:
     def _train_critic(self, part: Experience, denominator: Tensor) -> dict[str, Tensor]:
         config = self.config
         said = self.module.critic(part.tokens, part.attention_mask)
-        values = torch.roll(said, 1, dims=1).masked_fill(~part.mask, 0.0)
         loss, metrics = value_loss(
-            values,
+            state_values(said, part.mask),
             part.values,
             part.returns,
             part.mask,

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lightning_hybrid.data.tokenizing import encode_texts, pad_batch, with_bos, with_eos
 from lightning_hybrid.errors import RewardError
-from lightning_hybrid.models import ScalarModel, last_value, max_positions
+from lightning_hybrid.models import ScalarModel, max_positions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -76,4 +76,4 @@ class LearnedReward:
     def _score(self, ids: list[list[int]]) -> Tensor:
         device = next(self.model.parameters()).device
         tokens, mask = (x.to(device) for x in pad_batch(ids, 0))
-        return last_value(self.model(tokens, mask), mask).float().cpu()
+        return self.model.score(tokens, mask).cpu()

@@ -22,6 +22,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_hybrid.engines import EngineOptimizer, build_engine, build_evaluation_engine, engine_config
+from lightning_hybrid.engines.config import merged
 from lightning_hybrid.engines.environment import forget_process_groups, prepare_deepspeed
 from lightning_hybrid.errors import StrategyError
 from lightning_hybrid.strategy import checkpoint
@@ -168,7 +169,7 @@ class HybridDeepSpeedStrategy(DeepSpeedStrategy):
             offload_optimizer=self.offload_optimizer,
             offload_parameters=self.offload_parameters,
             hybrid_engine=self.hybrid_engine if spec.kind == "hybrid" else None,
-            overrides={**self.config_overrides, **spec.config},
+            overrides=merged(self.config_overrides, dict(spec.config)),
         )
 
     def _clipping(self) -> float:
@@ -193,6 +194,9 @@ class HybridDeepSpeedStrategy(DeepSpeedStrategy):
 
     def _build_engines(self, fitting: bool) -> None:
         specs = self._specs()
+        for name, spec in specs.items():
+            if spec.kind == "frozen":
+                self._submodule(name).requires_grad_(False).eval()
         owners = self._owners(specs) if fitting else []
         frozen = {name: self._submodule(name) for name, spec in specs.items() if spec.kind == "frozen" or not fitting}
         if not fitting and not specs:
@@ -200,8 +204,6 @@ class HybridDeepSpeedStrategy(DeepSpeedStrategy):
         for name, module in frozen.items():
             config = self.engine_config(specs.get(name))
             config.pop("hybrid_engine", None)
-            if name in specs and specs[name].kind == "frozen":
-                module.requires_grad_(False).eval()
             self.frozen[name] = build_evaluation_engine(module, config, self.root_device)
         optimizers: list[Optimizer] = [self._build_engine(owner) for owner in owners]
         if fitting:
@@ -225,9 +227,6 @@ class HybridDeepSpeedStrategy(DeepSpeedStrategy):
 
     def _owners(self, specs: dict[str, EngineSpec]) -> list[Owner]:
         assert self.lightning_module is not None
-        for name, spec in specs.items():
-            if spec.kind == "frozen":
-                self._submodule(name).requires_grad_(False)
         optimizers, self.lr_scheduler_configs = _init_optimizers_and_lr_schedulers(self.lightning_module)
         return assign_owners(self.lightning_module, optimizers, specs)
 

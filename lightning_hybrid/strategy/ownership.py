@@ -55,7 +55,9 @@ def assign_owners(root: nn.Module, optimizers: Sequence[Optimizer], specs: Mappi
     """
     names = {id(parameter): name for name, parameter in root.named_parameters()}
     problems = [*_unknown_children(root, specs), *_shared_parameters(optimizers, names)]
-    frozen = {id(p) for name in _frozen(specs) for p in _child(root, name).parameters()} if not problems else set()
+    frozen = (
+        {id(p) for name in _frozen(specs) for p in root.get_submodule(name).parameters()} if not problems else set()
+    )
     problems += _parameters_without_optimizer(root, optimizers, frozen)
     if problems:
         raise StrategyError("the module cannot be split into engines:\n" + "\n".join(f"  - {p}" for p in problems))
@@ -93,10 +95,6 @@ def _parameter_ids(optimizer: Optimizer) -> set[int]:
 
 def _frozen(specs: Mapping[str, EngineSpec]) -> list[str]:
     return [name for name, spec in specs.items() if spec.kind == "frozen"]
-
-
-def _child(root: nn.Module, name: str) -> nn.Module:
-    return root.get_submodule(name)
 
 
 def _unknown_children(root: nn.Module, specs: Mapping[str, EngineSpec]) -> list[str]:

@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
-from lightning_hybrid import HybridDeepSpeedStrategy
+from lightning_hybrid import EngineSpec, HybridDeepSpeedStrategy
 from lightning_hybrid.errors import StrategyError
 from tests.helpers import GAN, Regression, quiet_trainer, random_batches, weights_of
 
@@ -167,6 +167,13 @@ def test_every_registered_name_trains(name: str) -> None:
     before = weights_of(module)
     quiet_trainer(name, max_steps=2).fit(module, random_batches(), random_batches(seed=2))
     assert not torch.equal(before, weights_of(module))
+
+
+def test_an_engines_own_keys_are_laid_over_the_strategys_section_by_section() -> None:
+    strategy = HybridDeepSpeedStrategy(config={"zero_optimization": {"contiguous_gradients": False}})
+    own = EngineSpec(config={"zero_optimization": {"reduce_bucket_size": 1000}})
+    zero = strategy.engine_config(own)["zero_optimization"]
+    assert (zero["contiguous_gradients"], zero["reduce_bucket_size"]) == (False, 1000)
 
 
 def test_a_custom_deepspeed_key_reaches_every_engine() -> None:
