@@ -9,13 +9,14 @@ from lightning_hybrid.models.loading import (
     load_tokenizer,
     max_positions,
 )
-from lightning_hybrid.models.policy import Policy, PolicyOutput
+from lightning_hybrid.models.policy import Policy, PolicyOutput, base_of, scaled_logits
 from lightning_hybrid.models.scalar import ScalarModel, last_value
 
 __all__ = [
     "Policy",
     "PolicyOutput",
     "ScalarModel",
+    "base_of",
     "build_policy",
     "disable_dropout",
     "end_of_text_ids",
@@ -24,4 +25,5 @@ __all__ = [
     "load_scalar",
     "load_tokenizer",
     "max_positions",
+    "scaled_logits",
 ]

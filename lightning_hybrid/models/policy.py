@@ -43,7 +43,7 @@ class Policy(nn.Module):
     @property
     def config(self) -> Any:
         """The Hugging Face config of the wrapped model."""
-        return self.model.config
+        return base_of(self.model).config
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor, positions: Tensor, temperature: float = 1.0
@@ -99,9 +99,14 @@ class Policy(nn.Module):
         return chosen, -(logp.exp() * logp).sum(-1)
 
 
+def base_of(model: Any) -> Any:
+    """The causal LM inside peft's model, or the model itself."""
+    return model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model
+
+
 def extra_arguments(model: Any) -> frozenset[str]:
     """Which of the optional arguments the model's trunk understands."""
-    accepted = inspect.signature(model.base_model.forward).parameters
+    accepted = inspect.signature(base_of(model).base_model.forward).parameters
     return frozenset({"position_ids", "use_cache"} & set(accepted))
 
 
@@ -115,15 +120,18 @@ def run_trunk(model: Any, input_ids: Tensor, attention_mask: Tensor, extra: froz
         arguments["position_ids"] = (attention_mask.long().cumsum(-1) - 1).clamp_min(0)
     if "use_cache" in extra:
         arguments["use_cache"] = False
-    output = model.base_model(input_ids=input_ids, attention_mask=attention_mask.long(), **arguments)
+    output = base_of(model).base_model(input_ids=input_ids, attention_mask=attention_mask.long(), **arguments)
     hidden: Tensor = output.last_hidden_state
     return hidden
 
 
 def head_logits(model: Any, hidden: Tensor) -> Tensor:
-    """Apply the model's head to hidden states ``[..., width]``, with the scalings some families add after it."""
-    logits: Tensor = model.get_output_embeddings()(hidden)
-    config = model.config.get_text_config()
+    """Apply the model's head to hidden states ``[..., width]``, with the scalings that some families add."""
+    return scaled_logits(model.config.get_text_config(), base_of(model).get_output_embeddings()(hidden))
+
+
+def scaled_logits(config: Any, logits: Tensor) -> Tensor:
+    """The scalings that some families apply to what the head returns."""
     if (divisor := getattr(config, "logits_scaling", None)) is not None:  # Granite
         logits = logits / divisor
     if (factor := getattr(config, "logit_scale", None)) is not None:  # Cohere
