@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,8 +28,10 @@ class Rollout:
         response_mask: ``[batch, time]`` bool, True on sampled tokens, the EOS included.
         policy_logprobs: ``[batch, time]`` float32, log-probs of the sampled tokens under the raw policy; 0 elsewhere.
         sampling_logprobs: ``[batch, time]`` float32, the same under the distribution they were drawn from (after
-            temperature, top-k and top-p).
-        finish_reasons: per row ``"eos"`` or ``"length"``.
+            temperature, top-k and the like).
+        finish_reasons: per row ``"eos"``, ``"length"`` or ``"stop"`` (a stop text was completed).
+        entropies: ``[batch, time]`` float32, nats, of the raw policy at each sampled token, 0 elsewhere; None where
+            they were not asked for.
     """
 
     tokens: Tensor
@@ -37,6 +40,23 @@ class Rollout:
     policy_logprobs: Tensor
     sampling_logprobs: Tensor
     finish_reasons: tuple[str, ...]
+    entropies: Tensor | None = None
+
+    def rows(self, begin: int, end: int) -> Rollout:
+        """Rows ``begin`` to ``end``, less the columns that are padding in all of them."""
+        used = self.attention_mask[begin:end].any(0).nonzero().flatten()
+        columns = slice(int(used[0]), int(used[-1]) + 1) if len(used) else slice(0, 0)
+        kept = self._with(lambda tensor: tensor[begin:end, columns])
+        return replace(kept, finish_reasons=self.finish_reasons[begin:end])
+
+    def usable_in_training(self) -> Rollout:
+        """The same rollout in tensors that autograd accepts, where these were made in inference mode."""
+        return self._with(Tensor.clone)
+
+    def _with(self, change: Callable[[Tensor], Tensor]) -> Rollout:
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        changed: dict[str, Any] = {name: change(value) for name, value in values.items() if isinstance(value, Tensor)}
+        return replace(self, **changed)
 
     @property
     def attention_mask(self) -> Tensor:
@@ -50,8 +70,8 @@ class Rollout:
 
     @property
     def finished(self) -> Tensor:
-        """``[batch]`` bool, True where the response ended with EOS."""
-        return torch.tensor([reason == "eos" for reason in self.finish_reasons], device=self.tokens.device)
+        """``[batch]`` bool, True where the response ended by itself, with EOS or a stop text."""
+        return torch.tensor([reason != "length" for reason in self.finish_reasons], device=self.tokens.device)
 
     @property
     def prompts(self) -> list[list[int]]:
