@@ -19,6 +19,8 @@ FOUNDATION = {"errors": set[str](), "paths": set[str](), "config": {"errors", "p
 STOREYS = (
     "rl",
     "models",
+    "containers",
+    "generation",
     "engines",
     "rollout",
     "data",

@@ -66,8 +66,8 @@ class RolloutConfig(Settings):
 
     rules: ClassVar[tuple[Rule, ...]] = (_response_lengths_are_ordered,)
 
-    backend: Literal["hf"] = "hf"
-    """what generates: hf is the model's own `generate`"""
+    backend: Literal["native", "deepspeed", "hf"] = "native"
+    """what generates: native (containers over the trained weights), deepspeed (its kernels) or hf (`generate`)"""
     max_new_tokens: PositiveInt = 64
     """tokens that a response may have"""
     min_new_tokens: NonNegativeInt = 0
@@ -78,6 +78,14 @@ class RolloutConfig(Settings):
     """sample among the k most likely tokens; 0 for all"""
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
     """sample among the most likely tokens of this total probability"""
+    min_p: Fraction = 0.0
+    """sample among tokens at least this probable relative to the most likely one; 0 for all"""
+    repetition_penalty: PositiveFloat = 1.0
+    """divides positive and multiplies negative logits of tokens that the prompt or the response holds already"""
+    stop: list[str] = Field(default_factory=list)
+    """texts that end a response, beside the end-of-text token; the token that completes one is kept"""
+    max_tokens_in_flight: PositiveInt | None = None
+    """prompt and response tokens that the KV cache holds at once; null for a share of the free memory"""
 
 
 def _path_or_function(config: RewardSourceConfig) -> Problem | None:

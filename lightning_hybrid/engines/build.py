@@ -10,6 +10,8 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from lightning_hybrid.containers import lay_out, order_parameters
+
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
@@ -40,11 +42,14 @@ def build_engine(
         from lightning_hybrid.engines.hybrid import HybridEngine
 
         engine_class = HybridEngine
+    if hybrid:
+        # DeepSpeed flattens each group in its order: sets of projections become adjacent, and containers need no copy.
+        order_parameters(optimizer, causal_lm_in(module))
     # DeepSpeed writes into the config it is given; each engine keeps its own.
     config = copy.deepcopy(config)
     deepspeed.zero.partition_parameters.shutdown_init_context()
     try:
-        return engine_class(
+        engine = engine_class(
             args=_device_arguments(device),
             model=module,
             optimizer=optimizer,
@@ -55,6 +60,15 @@ def build_engine(
         )
     finally:
         deepspeed.zero.partition_parameters.restore_init_context()
+    if hybrid:
+        lay_out(causal_lm_in(module))  # what DeepSpeed did not flatten: at stage 0, and under adapters
+    return engine
+
+
+def causal_lm_in(module: Any) -> Any:
+    """The Hugging Face causal LM inside, whether ``module`` is one or wraps one."""
+    inner = getattr(module, "model", None)
+    return inner if hasattr(inner, "generate") else module
 
 
 def build_evaluation_engine(module: nn.Module, config: dict[str, Any], device: torch.device) -> nn.Module:

@@ -80,8 +80,6 @@ def _refuse_what_trains_wrong(config: dict[str, Any]) -> None:
             f"ZeRO stage 0 with {low_precision} steps Adam on rounded weights: "
             "use stage 1 (fp32 master weights, the same memory on one rank), or precision='32-true'"
         )
-    if config.get("hybrid_engine", {}).get("inference_tp_size", 1) != 1:
-        raise StrategyError("hybrid_engine.inference_tp_size: generation is not tensor-parallel yet; leave it at 1")
     if config["gradient_accumulation_steps"] != 1 or config["managed_gradient_accumulation"]:
         raise StrategyError(
             "gradient accumulation belongs to the Trainer: leave gradient_accumulation_steps and "

@@ -3,26 +3,49 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from deepspeed import DeepSpeedEngine
+from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.hybrid_engine import DeepSpeedHybridEngine
 from torch import Tensor
 
+from lightning_hybrid.containers import Decoder, InPlace, Shard, Weights, bind, reason_without_container
+from lightning_hybrid.engines.build import causal_lm_in
+from lightning_hybrid.engines.clock import PhaseClock
 from lightning_hybrid.engines.gather import gathered, hooks_lifted
+from lightning_hybrid.engines.tensor_parallel import gather_prompts, tensor_parallel_shard
+from lightning_hybrid.engines.weights import Gathered, LayerByLayer, Sliced
 from lightning_hybrid.errors import RolloutError
+from lightning_hybrid.generation import (
+    Rollout,
+    SamplingParams,
+    StopTexts,
+    Workspace,
+    check_prompts,
+    end_ids,
+    make_workspace,
+    sample_with,
+    warn_without_container,
+)
+from lightning_hybrid.models import base_of, max_positions
 
 
 class HybridEngine(DeepSpeedHybridEngine):  # type: ignore[misc]
     """A :class:`~deepspeed.runtime.hybrid_engine.DeepSpeedHybridEngine` that works for every causal LM.
 
-    The interface is DeepSpeed's: ``eval()`` enters inference, ``generate(...)`` generates, ``train()`` leaves it. What
-    differs: no layer is replaced (the output head stays trainable, grouped-query weights are untouched), no class holds
-    state (several engines live in one process), and no rank's random state is overwritten (ranks sample different
+    The interface is DeepSpeed's: ``eval()`` enters inference, ``generate(...)`` generates, ``train()`` leaves it. So
+    are the keys of the ``hybrid_engine`` section. What differs: generation reads the trained tensors through inference
+    containers; no layer is replaced (the output head stays trainable, grouped-query weights are untouched), no class
+    holds state (several engines live in one process), and no rank's random state is overwritten (ranks sample different
     responses).
+
+    Attributes:
+        timings: seconds by phase.
+        extra_weight_bytes: memory that the last rollout's weights took beyond those being trained.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -30,14 +53,17 @@ class HybridEngine(DeepSpeedHybridEngine):  # type: ignore[misc]
         # injects kernels into the module, and compiles a workspace op.
         DeepSpeedEngine.__init__(self, *args, **kwargs)
         self.Z3_enabled = self.zero_optimization_stage() == 3
-        self.gather_all_layers = self._config.hybrid_engine.pin_parameters
+        hybrid = self._config.hybrid_engine
+        self.gather_all_layers = hybrid.pin_parameters
         self.timings = PhaseClock()
+        self.extra_weight_bytes = 0
+        self._workspace: Workspace | None = None
+        self._shard = tensor_parallel_shard(hybrid.inference_tp_size) if hybrid.inference_tp_size > 1 else Shard()
 
     @property
     def causal_lm(self) -> Any:
         """The Hugging Face causal LM inside, whether the engine owns it directly or inside a wrapper."""
-        inner = getattr(self.module, "model", None)
-        return inner if hasattr(inner, "generate") else self.module
+        return causal_lm_in(self.module)
 
     def eval(self) -> None:
         """Enter inference; closes the record of the training phase before it, see :attr:`timings`."""
@@ -47,6 +73,8 @@ class HybridEngine(DeepSpeedHybridEngine):  # type: ignore[misc]
     def train(self, mode: bool = True) -> None:
         """Enter training (or, with ``mode=False``, plain evaluation)."""
         DeepSpeedEngine.train(self, mode)
+        if mode and self._config.hybrid_engine.release_inference_cache:
+            self._workspace = None
         if mode:
             self.timings.start_training()
 
@@ -55,34 +83,138 @@ class HybridEngine(DeepSpeedHybridEngine):  # type: ignore[misc]
         DeepSpeedEngine.step(self, lr_kwargs=lr_kwargs)
         self.timings.add_training()
 
-    def generate(self, input_ids: Tensor, **kwargs: Any) -> Tensor:
-        """Generate with the weights being trained.
+    # ---- generation ------------------------------------------------------------------------------------------------
+
+    def sample(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: SamplingParams,
+        seed: int,
+        indices: Sequence[int] | None = None,
+        *,
+        tokenizer: Any = None,
+        max_tokens_in_flight: int | None = None,
+    ) -> Rollout:
+        """Sample responses through inference containers over the weights being trained.
+
+        A response depends on the weights, ``seed``, its prompt's index and its sample's number only. With ZeRO-3 or
+        ``inference_tp_size`` above 1 all ranks call it, with as many prompts as each has.
+
+        Args:
+            prompts: token ids, at least one each.
+            sampling: how to draw.
+            seed: of the random streams; torch's own are left alone.
+            indices: of the prompts, over all ranks; by default their positions here.
+            tokenizer: needed where ``sampling.stop`` has texts.
+            max_tokens_in_flight: tokens that the KV cache may hold; by default a share of the free memory.
+
+        Raises:
+            RolloutError: in training mode; for a model without a container; for a prompt that is empty or too long. The
+                engine is then back in training mode, its memory given back.
+        """
+        begin = time.perf_counter()
+        try:
+            self._refuse_to_generate()
+            stop = StopTexts(sampling.stop, tokenizer)
+            together = gather_prompts(prompts, indices, seed, self._shard)
+            self._check(together.prompts, sampling)
+            decoder = self._bound(max(map(len, together.prompts)) + sampling.max_new_tokens)
+            bound = time.perf_counter()
+            self._workspace = make_workspace(decoder, together.prompts, sampling, max_tokens_in_flight, self._workspace)
+            rollout = sample_with(
+                decoder,
+                together.prompts,
+                sampling,
+                end_ids(self.causal_lm, sampling),
+                seed,
+                stop,
+                workspace=self._workspace,
+                indices=together.indices,
+                any_rank=bool if decoder.weights.steady else any_rank,
+            )
+        except BaseException:
+            self._workspace = None
+            self.train()
+            raise
+        self.timings.add_generation(len(prompts), bound - begin, time.perf_counter() - bound)
+        return rollout.rows(together.begin * sampling.n, together.end * sampling.n)
+
+    def generate(self, input_ids: Tensor | None = None, **kwargs: Any) -> Tensor:
+        """Generate with the weights being trained, called as Hugging Face's ``generate`` is.
+
+        Sampling is seeded from torch's default generator. A model without an inference container generates by itself,
+        see :meth:`generate_with_model`, after one warning.
 
         Args:
             input_ids: ``[batch, time]`` long, left-padded prompts.
-            **kwargs: whatever Hugging Face's ``generate`` takes (``attention_mask``, ``max_new_tokens``, ...).
+            **kwargs: what Hugging Face's ``generate`` takes: ``attention_mask``, ``generation_config``, its fields.
 
         Returns:
-            ``[batch, time + new]`` long: prompts and responses, as Hugging Face's ``generate`` returns them.
+            ``[batch × num_return_sequences, time + new]`` long: prompts and responses.
+
+        Raises:
+            RolloutError: in training mode, or for arguments that cannot be honoured, naming them.
+        """
+        from lightning_hybrid.generation.hf_arguments import as_sequences, read_arguments
+
+        self._refuse_to_generate()
+        reason = reason_without_container(self.causal_lm, 1)
+        if reason is not None:
+            warn_without_container(self.causal_lm, reason)
+            return self.generate_with_model(input_ids, **kwargs)
+        request = read_arguments(self.causal_lm, input_ids, kwargs)
+        seed = int(torch.randint(2**62, ()))
+        rollout = self.sample(request.prompts, request.sampling, seed, tokenizer=request.tokenizer)
+        return as_sequences(request, rollout)
+
+    def generate_with_model(self, input_ids: Tensor | None = None, **kwargs: Any) -> Tensor:
+        """Generate with the model's own ``generate``, whatever the family; arguments are Hugging Face's.
 
         Raises:
             RolloutError: if the engine is in training mode, or the model cannot generate.
         """
         model = self.causal_lm
-        if not hasattr(model, "generate"):
-            raise RolloutError(f"{type(model).__name__} has no 'generate'; the hybrid engine needs a causal LM")
-        if self.module.training:
-            raise RolloutError("the engine is in training mode: call engine.eval() before generate()")
+        self._refuse_to_generate()
         begin = time.perf_counter()
-        with torch.no_grad(), self._weights_for_generation(kwargs):
+        with torch.no_grad(), self._weights_for_model(kwargs):
             gathered_at = time.perf_counter()
             output: Tensor = model.generate(input_ids, **kwargs)
-        self.timings.add_generation(len(input_ids), gathered_at - begin, time.perf_counter() - gathered_at)
+        self.timings.add_generation(len(output), gathered_at - begin, time.perf_counter() - gathered_at)
         return output
 
+    def _refuse_to_generate(self) -> None:
+        if not hasattr(self.causal_lm, "generate"):
+            name = type(self.causal_lm).__name__
+            raise RolloutError(f"{name} has no 'generate'; the hybrid engine needs a causal LM")
+        if self.module.training:
+            raise RolloutError("the engine is in training mode: call engine.eval() before generate()")
+
+    def _check(self, prompts: Sequence[Sequence[int]], sampling: SamplingParams) -> None:
+        """Refuse prompts that do not fit, of all ranks that generate together."""
+        model_limit = max_positions(base_of(self.causal_lm).config)
+        cache_limit = self._config.hybrid_engine.max_out_tokens
+        if model_limit is not None and model_limit <= cache_limit:
+            check_prompts(prompts, sampling, model_limit, "the model's", "positions")
+        else:
+            check_prompts(prompts, sampling, cache_limit, "hybrid_engine.max_out_tokens =", "tokens")
+
+    def _bound(self, positions: int) -> Decoder:
+        """The containers, reading the weights where they are, gathered, or cut."""
+        model, config = self.causal_lm, self._config.hybrid_engine
+        weights: Weights = InPlace()
+        if self.Z3_enabled and self._shard.size > 1:
+            weights = Sliced(model, self.device, config.tp_gather_partition_size)
+        elif self.Z3_enabled:
+            weights = Gathered(model, self.device) if self.gather_all_layers else LayerByLayer(model, self.device)
+        decoder = bind(model, positions, weights, self._shard)
+        if isinstance(weights, Sliced):
+            weights.fill()
+        self.extra_weight_bytes = getattr(weights, "bytes", 0)
+        return decoder
+
     @contextmanager
-    def _weights_for_generation(self, kwargs: dict[str, Any]) -> Iterator[None]:
-        """Make the weights readable: as they are, gathered once, or layer by layer with the ranks in step."""
+    def _weights_for_model(self, kwargs: dict[str, Any]) -> Iterator[None]:
+        """Make the model's own weights readable: as they are, gathered once, or layer by layer with ranks in step."""
         if not self.Z3_enabled:
             yield
         elif self.gather_all_layers:
@@ -100,53 +232,8 @@ class HybridEngine(DeepSpeedHybridEngine):  # type: ignore[misc]
                 self.optimizer.parameter_offload.partition_all_parameters()
 
 
-class PhaseClock:
-    """Seconds spent generating, gathering and training between one ``eval()`` and the next.
-
-    The figures are those DeepSpeed's hybrid engine prints, kept as numbers: :meth:`metrics` returns the last finished
-    iteration's.
-    """
-
-    def __init__(self) -> None:
-        self._begin: float | None = None
-        self._training_since: float | None = None
-        self._gather = self._generate = self._training = 0.0
-        self._samples = 0
-        self._last: dict[str, float] = {}
-
-    def add_generation(self, samples: int, gather: float, generate: float) -> None:
-        """Record one call of ``generate``: local samples, seconds of gathering and of generating."""
-        self._samples += samples
-        self._gather += gather
-        self._generate += generate
-
-    def start_training(self) -> None:
-        """Training begins now."""
-        self._training_since = time.perf_counter()
-
-    def add_training(self) -> None:
-        """Count the time since training began, or since the last call, as training."""
-        if self._training_since is not None:
-            now = time.perf_counter()
-            self._training += now - self._training_since
-            self._training_since = now
-
-    def end_iteration(self) -> None:
-        """Close the iteration that the previous call opened, and open the next."""
-        now = time.perf_counter()
-        if self._begin is not None and self._generate > 0:
-            total = now - self._begin
-            self._last = {
-                "end_to_end_seconds": total,
-                "gather_seconds": self._gather,
-                "generate_seconds": self._generate,
-                "training_seconds": self._training,
-                "other_seconds": total - self._gather - self._generate - self._training,
-                "samples_per_second": self._samples / total,
-            }
-        self._begin, self._training_since, self._samples = now, None, 0
-        self._gather = self._generate = self._training = 0.0
-
-    def metrics(self) -> dict[str, float]:
-        """Seconds of the last finished iteration by phase, and this rank's samples per second; empty at first."""
-        return dict(self._last)
+def any_rank(working: bool) -> bool:
+    """Whether any rank still has work."""
+    flag = torch.tensor(int(working), device=get_accelerator().current_device_name())
+    torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
+    return bool(flag)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Protocol
 
-from lightning_hybrid.rollout.carrier import Rollout, pad_left
+from lightning_hybrid.generation import Rollout, pad_left
 
 if TYPE_CHECKING:
     from lightning_hybrid.config import RolloutConfig
@@ -14,19 +14,33 @@ if TYPE_CHECKING:
 __all__ = ["BACKENDS", "Rollout", "RolloutBackend", "make_backend", "pad_left"]
 
 # Name in the configuration → module and class.
-BACKENDS = {"hf": ("lightning_hybrid.rollout.hf", "HFRollout")}
+BACKENDS = {
+    "native": ("lightning_hybrid.rollout.native", "NativeRollout"),
+    "deepspeed": ("lightning_hybrid.rollout.deepspeed", "DeepSpeedRollout"),
+    "hf": ("lightning_hybrid.rollout.hf", "HFRollout"),
+}
 
 
 class RolloutBackend(Protocol):
     """What generates."""
 
-    def generate(self, engine: Any, prompts: Sequence[Sequence[int]], seed: int, greedy: bool = False) -> Rollout:
-        """Sample one response per prompt with the engine's weights."""
+    def generate(
+        self,
+        engine: Any,
+        prompts: Sequence[Sequence[int]],
+        seed: int,
+        greedy: bool = False,
+        indices: Sequence[int] | None = None,
+    ) -> Rollout:
+        """Sample one response per prompt with the engine's weights.
+
+        ``seed`` is the same on all ranks; ``indices`` number the prompts over all of them.
+        """
         ...
 
 
-def make_backend(config: RolloutConfig, eos_ids: Sequence[int], pad_id: int) -> RolloutBackend:
+def make_backend(config: RolloutConfig, eos_ids: Sequence[int], pad_id: int, tokenizer: Any = None) -> RolloutBackend:
     """The backend that ``config.backend`` names."""
     module, name = BACKENDS[config.backend]
-    backend: RolloutBackend = getattr(import_module(module), name)(config, eos_ids, pad_id)
+    backend: RolloutBackend = getattr(import_module(module), name)(config, eos_ids, pad_id, tokenizer)
     return backend

@@ -8,10 +8,12 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_hybrid.engines import backward, build_engine, engine_config, gathered
+from lightning_hybrid.containers import Decoder
+from lightning_hybrid.engines import backward, build_engine, engine_config
 from lightning_hybrid.errors import RolloutError, StrategyError
 from lightning_hybrid.models import Policy
-from tests.helpers import SHARD_EVERYTHING, tiny_policy
+from tests.engines.hybrids import failing_at_the_third_call, hybrid, step, whole
+from tests.helpers import tiny_policy
 from tests.models.test_policy import FAMILIES, family
 
 PROMPT = torch.tensor([[5, 10, 20], [0, 7, 8]])
@@ -21,33 +23,12 @@ MASK = torch.tensor([[1, 1, 1], [0, 1, 1]])
 pytestmark = pytest.mark.usefixtures("alone_in_group")
 
 
-def hybrid(policy: Policy, stage: int = 2, precision: str = "32-true", **keys: Any) -> Any:
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-2)
-    overrides = SHARD_EVERYTHING if stage == 3 else None
-    config = engine_config(stage=stage, precision=precision, hybrid_engine=keys, overrides=overrides)
-    return build_engine(policy, optimizer, config, hybrid=True)
-
-
-def step(engine: Any, policy: Policy) -> None:
-    engine.train()
-    tokens = torch.randint(3, 40, (2, 8), generator=torch.Generator().manual_seed(0))
-    mask = torch.ones_like(tokens).bool()
-    asked = mask.clone()
-    asked[:, 0] = False
-    backward(-policy(tokens, mask, asked).logprobs.mean(), [engine])
-    engine.step()
-
-
-def whole(module: nn.Module) -> dict[str, torch.Tensor]:
-    with gathered(module):
-        return {name: value.detach().clone() for name, value in module.state_dict().items()}
-
-
 def drawn(engine: Any) -> torch.Tensor:
     engine.eval()
     return engine.generate(PROMPT, attention_mask=MASK, do_sample=False, max_new_tokens=6, pad_token_id=0)
 
 
+@pytest.mark.filterwarnings("ignore:GraniteForCausalLM has no inference container")
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_family_generates_with_the_weights_just_trained(name: str) -> None:
     policy, copy = Policy(family(name)), Policy(family(name))
@@ -104,7 +85,10 @@ def test_several_hybrid_engines_live_in_one_process() -> None:
 
 
 @pytest.mark.parametrize("stage", [2, 3])
-def test_an_exception_while_generating_leaves_a_trainable_model(stage: int) -> None:
+@pytest.mark.parametrize("by_itself", [False, True], ids=["containers", "the model itself"])
+def test_an_exception_while_generating_leaves_a_trainable_model(
+    stage: int, by_itself: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     policy = tiny_policy()
     engine = hybrid(policy, stage)
 
@@ -112,10 +96,17 @@ def test_an_exception_while_generating_leaves_a_trainable_model(stage: int) -> N
         raise KeyError("in the middle")
 
     engine.eval()
-    handle = policy.model.model.layers[1].register_forward_hook(fail)
-    with pytest.raises(KeyError, match="in the middle"):
-        engine.generate(PROMPT, attention_mask=MASK, max_new_tokens=4, pad_token_id=0)
-    handle.remove()
+    if by_itself:
+        handle = policy.model.model.layers[1].register_forward_hook(fail)
+        with pytest.raises(KeyError, match="in the middle"):
+            engine.generate_with_model(PROMPT, attention_mask=MASK, max_new_tokens=4, pad_token_id=0)
+        handle.remove()
+    else:
+        with monkeypatch.context() as patch:
+            patch.setattr(Decoder, "logits", failing_at_the_third_call(Decoder.logits))
+            with pytest.raises(KeyError, match="in the middle"):
+                engine.generate(PROMPT, attention_mask=MASK, max_new_tokens=4, pad_token_id=0)
+        assert engine.module.training
     before = whole(policy)
     step(engine, policy)
     after = whole(policy)
@@ -135,6 +126,13 @@ def test_the_phase_clock_says_what_deepspeed_prints() -> None:
     assert figures["end_to_end_seconds"] == pytest.approx(sum(figures[part] for part in parts))
     assert figures["samples_per_second"] == pytest.approx(2 / figures["end_to_end_seconds"])
     assert min(figures["generate_seconds"], figures["training_seconds"]) > 0
+
+
+def test_a_family_without_a_container_generates_by_itself_and_says_so() -> None:
+    policy = Policy(family("granite"))
+    engine = hybrid(policy)
+    with pytest.warns(UserWarning, match="GraniteForCausalLM has no inference container .* model type 'granite'"):
+        drawn(engine)
 
 
 def test_generating_in_training_mode_is_refused() -> None:

@@ -44,8 +44,8 @@ def test_the_micro_batch_size_does_not_change_the_update(aggregation: str) -> No
         two_ranks.update(stage=2, world_size=1, micro_batch_size=size, aggregation=aggregation) for size in (1, 2, 8)
     ]
     for actor, critic, figures in results[1:]:
-        torch.testing.assert_close(actor, results[0][0], rtol=1e-5, atol=1e-6)
-        torch.testing.assert_close(critic, results[0][1], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(actor, results[0][0], rtol=1e-5, atol=5e-6)
+        torch.testing.assert_close(critic, results[0][1], rtol=1e-5, atol=5e-6)
         for name in FIGURES:
             assert figures[name] == pytest.approx(results[0][2][name], rel=1e-4, abs=1e-6), name
 

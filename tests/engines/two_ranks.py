@@ -39,7 +39,9 @@ class GivenRollouts:
     def __init__(self, rank: int, world_size: int) -> None:
         self.rows = torch.arange(ROWS).chunk(world_size)[rank]
 
-    def generate(self, engine: Any, prompts: Sequence[Any], seed: int, greedy: bool = False) -> Rollout:
+    def generate(
+        self, engine: Any, prompts: Sequence[Any], seed: int, greedy: bool = False, indices: Sequence[int] | None = None
+    ) -> Rollout:
         whole, rows = given_rollout(), self.rows
         fields = ("tokens", "prompt_mask", "response_mask", "policy_logprobs", "sampling_logprobs")
         reasons = tuple(whole.finish_reasons[i] for i in rows.tolist())

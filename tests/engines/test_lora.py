@@ -1,0 +1,129 @@
+"""Adapters of peft: generation sees base and adapter together, and writes neither."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import peft
+import pytest
+import torch
+
+from lightning_hybrid.containers import Decoder
+from lightning_hybrid.errors import RolloutError
+from lightning_hybrid.generation import SamplingParams, generate
+from lightning_hybrid.models import Policy
+from tests.engines.hybrids import failing_at_the_third_call, hybrid, step, whole
+from tests.models.test_policy import family
+
+PROMPTS = [[5, 10, 20], [7, 8], [9], [4, 5, 6, 7, 8, 9, 10]]
+GREEDY = SamplingParams(8, temperature=0, eos_ids=())
+# Families with separate projections, with fused ones, and with transposed ones, each with targets of its own.
+TARGETS = {
+    "llama": ["q_proj", "v_proj"],
+    "qwen2": "all-linear",
+    "gpt2": ["c_attn", "c_fc"],
+    "gpt_neox": ["query_key_value", "dense"],
+}
+
+pytestmark = pytest.mark.usefixtures("alone_in_group")
+
+
+def adapted(name: str, rank_stabilized: bool = False, **changes: Any) -> Policy:
+    """A tiny model with LoRA adapters that are not zero."""
+    settings = {"r": 4, "lora_alpha": 16, "target_modules": TARGETS[name], "use_rslora": rank_stabilized}
+    config = peft.LoraConfig(**(settings | changes), fan_in_fan_out=name == "gpt2", task_type="CAUSAL_LM")
+    model = peft.get_peft_model(family(name), config)
+    torch.manual_seed(1)
+    for key, parameter in model.named_parameters():
+        if "lora_B" in key:
+            torch.nn.init.normal_(parameter, std=0.1)
+    return Policy(model)
+
+
+def base_weights(policy: Policy) -> dict[str, torch.Tensor]:
+    return {name: value for name, value in whole(policy).items() if "lora_" not in name}
+
+
+def merged(policy: Policy, name: str, **changes: Any) -> Any:
+    """A plain model with the adapters merged in by peft."""
+    copy = adapted(name, **changes)
+    copy.load_state_dict(whole(policy))
+    return copy.model.merge_and_unload().eval()
+
+
+@pytest.mark.parametrize("name", TARGETS)
+@pytest.mark.parametrize(("stage", "pin"), [(0, True), (1, True), (2, True), (3, True), (3, False)])
+def test_generation_equals_that_of_the_merged_model_after_every_step(name: str, stage: int, pin: bool) -> None:
+    policy = adapted(name)
+    engine = hybrid(policy, stage, pin_parameters=pin)
+    for i in range(2):
+        step(engine, policy, seed=i)
+        engine.eval()
+        rollout = engine.sample(PROMPTS, GREEDY, seed=0)
+        expected = generate(merged(policy, name), PROMPTS, GREEDY)
+        assert rollout.responses == expected.responses
+        torch.testing.assert_close(rollout.policy_logprobs, expected.policy_logprobs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_rank_stabilized_adapters_are_scaled_as_in_training(stage: int) -> None:
+    policy = adapted("llama", rank_stabilized=True)
+    engine = hybrid(policy, stage)
+    engine.eval()
+    rollout = engine.sample(PROMPTS, GREEDY, seed=0)
+    trained = policy(rollout.tokens, rollout.attention_mask, rollout.response_mask).logprobs
+    torch.testing.assert_close(rollout.policy_logprobs, trained, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_two_hundred_rollouts_and_updates_in_bf16_leave_the_base_as_it_was(stage: int) -> None:
+    policy = adapted("llama")
+    engine = hybrid(policy, stage, "bf16-true")
+    before = base_weights(policy)
+    assert all(value.dtype == torch.bfloat16 for value in before.values())
+    for i in range(200):
+        engine.eval()
+        engine.sample(PROMPTS[:2], SamplingParams(2, eos_ids=()), seed=i)
+        step(engine, policy, seed=i)
+    after = base_weights(policy)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_an_exception_while_generating_leaves_base_and_adapters_as_they_were(
+    stage: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy = adapted("llama")
+    engine = hybrid(policy, stage)
+    before = whole(policy)
+    engine.eval()
+    with monkeypatch.context() as patch:
+        patch.setattr(Decoder, "logits", failing_at_the_third_call(Decoder.logits))
+        with pytest.raises(KeyError, match="in the middle"):
+            engine.sample(PROMPTS, GREEDY, seed=0)
+    assert engine.module.training
+    after = whole(policy)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    step(engine, policy)
+
+
+def test_frozen_bases_lie_together_so_that_one_product_serves_q_k_and_v() -> None:
+    engine = hybrid(adapted("llama"), stage=2)
+    decoder = engine._bound(20)
+    assert all(layer.qkv.whole and layer.mlp_in.whole for layer in decoder.layers)
+    assert engine.extra_weight_bytes == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"use_dora": True}, r"q_proj: its LoRA adapter is weight-decomposed \(DoRA\)"),
+        ({"target_modules": ["embed_tokens"]}, "embed_tokens: its LoRA adapter is on an embedding"),
+        ({"lora_bias": True}, "q_proj: its LoRA adapter has a bias"),
+    ],
+)
+def test_adapters_that_containers_cannot_read_are_refused_by_name(change: dict[str, Any], reason: str) -> None:
+    engine = hybrid(adapted("llama", **change))
+    engine.eval()
+    with pytest.raises(RolloutError, match=reason):
+        engine.sample(PROMPTS, GREEDY, seed=0)
