@@ -46,6 +46,13 @@ def _adaptive_control_needs_a_start(config: PPOConfig) -> Problem | None:
     return Problem("kl_coef", "must be above 0 when kl_target is set: the controller multiplies it", "0")
 
 
+def _importance_weights_need_a_second_opinion(config: PPOConfig) -> Problem | None:
+    if config.importance_cap is None or config.old_logprobs != "rollout":
+        return None
+    remedy = "compares the rollout's log-probs with recomputed ones: use old_logprobs=recompute, or null for no weights"
+    return Problem("importance_cap", remedy, f"{config.importance_cap} with old_logprobs='rollout'")
+
+
 class PPOConfig(Settings):
     """Proximal policy optimization on token level with a KL penalty (Schulman et al. 2017; Ouyang et al. 2022).
 
@@ -54,7 +61,7 @@ class PPOConfig(Settings):
         0.2
     """
 
-    rules: ClassVar[tuple[Rule, ...]] = (_adaptive_control_needs_a_start,)
+    rules: ClassVar[tuple[Rule, ...]] = (_adaptive_control_needs_a_start, _importance_weights_need_a_second_opinion)
 
     kl_coef: NonNegativeFloat = 0.05
     """weight of the KL penalty per token"""
@@ -94,6 +101,14 @@ class PPOConfig(Settings):
     """how token losses become one number"""
     early_stop_kl: PositiveFloat | None = None
     """an update ends early when the policy moved this far (nats per token) from the rollout's; null for never"""
+    old_logprobs: Literal["auto", "rollout", "recompute"] = "auto"
+    """where the log-probs of the policy that sampled come from: the rollout, which saves a forward pass, or that \
+pass; auto measures, takes the rollout's while they are within old_logprob_tolerance, and says so"""
+    old_logprob_tolerance: PositiveFloat = 1e-3
+    """mean |difference| (nats per token) to the training forward up to which auto takes the rollout's log-probs"""
+    importance_cap: Annotated[float, Field(ge=1.0)] | None = None
+    """multiply each token's policy loss by its probability in training over the one it was sampled with, at most \
+this (truncated importance sampling, Yao et al. 2025); always recomputes old log-probs; null for no weights"""
     missing_eos_penalty: NonNegativeFloat | None = None
     """taken off the score of a response that did not end; null for none"""
     actor_lr: PositiveFloat = 1e-5

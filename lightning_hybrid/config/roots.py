@@ -128,6 +128,39 @@ def _minibatch_fits_rollout(run: PPORun) -> Problem | None:
     return Problem("algorithm.minibatch_size", remedy, str(size))
 
 
+def rollout_lacks_old_logprobs(rollout: RolloutConfig) -> str | None:
+    """Why PPO's old log-probs cannot come from a rollout sampled like this; None where they can.
+
+    PPO's are at the rollout's temperature, over all tokens. A rollout knows those at temperature 1, and those under the
+    distribution that it drew from, which are the same thing only where the temperature alone shaped it.
+    """
+    if rollout.temperature == 1.0:
+        return None
+    shapes = {
+        "top_k": (rollout.top_k, 0),
+        "top_p": (rollout.top_p, 1.0),
+        "min_p": (rollout.min_p, 0.0),
+        "repetition_penalty": (rollout.repetition_penalty, 1.0),
+        "min_new_tokens": (rollout.min_new_tokens, 0),
+    }
+    given = [f"{name}={value}" for name, (value, off) in shapes.items() if value != off]
+    if not given:
+        return None
+    return (
+        f"with rollout.temperature={rollout.temperature} and {', '.join(given)} the rollout does not know the "
+        "log-probs at that temperature over all tokens"
+    )
+
+
+def _rollout_knows_old_logprobs(run: PPORun) -> Problem | None:
+    if run.algorithm.old_logprobs != "rollout":
+        return None
+    reason = rollout_lacks_old_logprobs(run.rollout)
+    if reason is None:
+        return None
+    return Problem("algorithm.old_logprobs", f"{reason}: use recompute or auto", "'rollout'")
+
+
 class PPORun(Run):
     """Configuration of the recipe `ppo`."""
 
@@ -137,6 +170,7 @@ class PPORun(Run):
         _accumulation_is_the_algorithms,
         _minibatch_divides_over_ranks,
         _minibatch_fits_rollout,
+        _rollout_knows_old_logprobs,
     )
 
     model: PPOModelConfig

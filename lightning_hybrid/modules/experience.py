@@ -24,6 +24,7 @@ class Experience:
         rewards: ``[batch, time]`` float32, KL penalty on every token, score on the last.
         advantages: ``[batch, time]`` float32.
         returns: ``[batch, time]`` float32, what the critic should have said.
+        weights: ``[batch, time]`` float32, factors of the policy's token losses; None where there are none.
     """
 
     tokens: Tensor
@@ -36,13 +37,15 @@ class Experience:
     rewards: Tensor
     advantages: Tensor
     returns: Tensor
+    weights: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.tokens)
 
     def rows(self, index: Tensor) -> Experience:
         """The rows ``index`` (long ``[n]``), less the columns that are padding in all of them."""
-        picked = {field.name: getattr(self, field.name)[index] for field in fields(self)}
+        held = {field.name: getattr(self, field.name) for field in fields(self)}
+        picked = {name: tensor[index] for name, tensor in held.items() if tensor is not None}
         columns = used_columns(picked["attention_mask"])
         return Experience(**{k: v if v.dim() == 1 else v[:, columns] for k, v in picked.items()})
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_hybrid.modules.experience import Experience
+from lightning_hybrid.modules.old_logprobs import LogprobGap
 from lightning_hybrid.rl import estimate_kl
 from lightning_hybrid.rollout import Rollout
 
@@ -16,12 +17,9 @@ if TYPE_CHECKING:
 
 
 def rollout_metrics(module: PPOModule, rollout: Rollout, experience: Experience) -> dict[str, float]:
-    """Figures of the responses: reward, KL to the reference (nats), lengths, rollout against training."""
+    """Figures of the responses: reward, KL to the reference (nats), lengths."""
     mask = experience.mask
     kl = estimate_kl(experience.old_logprobs, experience.ref_logprobs, module.config.kl_estimator)
-    # Old log-probs are at the rollout's temperature; what is comparable is what was sampled at it, less any cut-off.
-    drawn = rollout.policy_logprobs if module.rollout_config.temperature == 1.0 else rollout.sampling_logprobs
-    gap = (drawn - experience.old_logprobs).abs().masked_fill(~mask, 0.0)
     returns, values = experience.returns[mask].double(), experience.values[mask].double()
     raw = module.raw_scores.double()
     sums = module._sum_over_ranks(
@@ -34,14 +32,12 @@ def rollout_metrics(module: PPOModule, rollout: Rollout, experience: Experience)
                 experience.scores.double().sum(),
                 kl.masked_fill(~mask, 0.0).double().sum(),
                 rollout.finished.double().sum(),
-                gap.double().sum(),
                 *_spread(returns - values),
                 *_spread(returns),
             ]
         )
     )
-    rows, tokens, score, square, scaled, kl_sum, ended, gap_sum, e1, e2, r1, r2 = sums.tolist()
-    largest_gap = module.trainer.strategy.reduce(gap.max(), reduce_op="max")
+    rows, tokens, score, square, scaled, kl_sum, ended, e1, e2, r1, r2 = sums.tolist()
     return {
         "reward/score": score / rows,
         "reward/score_std": max(square / rows - (score / rows) ** 2, 0.0) ** 0.5,
@@ -51,10 +47,20 @@ def rollout_metrics(module: PPOModule, rollout: Rollout, experience: Experience)
         "policy/kl_coef": module.kl_controller.value,
         "rollout/response_length": tokens / rows,
         "rollout/eos_rate": ended / rows,
-        "rollout/logprob_gap_mean": gap_sum / tokens,
-        "rollout/logprob_gap_max": float(largest_gap),
         "value/explained_variance": _explained(e1, e2, r1, r2, tokens),
     }
+
+
+def mismatch_metrics(module: PPOModule, gap: LogprobGap, experience: Experience) -> dict[str, float]:
+    """Figures of the rollout against training: the gap, where old log-probs came from, the importance weights."""
+    metrics = gap.metrics() | {"rollout/old_logprobs_recomputed": float(module.old_logprob_source.recompute)}
+    weights, mask, cap = experience.weights, experience.mask, module.config.importance_cap
+    if weights is None or cap is None:
+        return metrics
+    capped = (weights >= weights.new_tensor(cap)) & mask
+    sums = torch.stack([weights.double().sum(), capped.sum().double(), mask.sum().double()])
+    total, at_cap, tokens = module._sum_over_ranks(sums).tolist()
+    return metrics | {"rollout/importance_weight_mean": total / tokens, "rollout/importance_capped": at_cap / tokens}
 
 
 def update_metrics(module: PPOModule, update: dict[str, float], rollout: Rollout) -> dict[str, float]:

@@ -17,7 +17,8 @@ from lightning_hybrid.errors import ConfigError
 from lightning_hybrid.models import Policy, ScalarModel, disable_dropout, end_of_text_ids, max_positions
 from lightning_hybrid.modules import roles
 from lightning_hybrid.modules.experience import Experience, state_values
-from lightning_hybrid.modules.metrics import rollout_metrics, update_metrics
+from lightning_hybrid.modules.metrics import mismatch_metrics, rollout_metrics, update_metrics
+from lightning_hybrid.modules.old_logprobs import LogprobGap, OldLogprobSource, measured_gap
 from lightning_hybrid.modules.optimization import make_adamw, make_schedule
 from lightning_hybrid.modules.passes import critic_values, policy_logprobs
 from lightning_hybrid.modules.phases import Phases
@@ -55,7 +56,8 @@ class PPOModule(L.LightningModule):
         seed: of sampling and of the order of minibatches.
 
     Raises:
-        ConfigError: if a tokenizer is needed and none was given.
+        ConfigError: if a tokenizer is needed and none was given, or the rollout is to give old log-probs that it does
+            not know.
     """
 
     def __init__(
@@ -88,11 +90,12 @@ class PPOModule(L.LightningModule):
             disable_dropout(model)
         self.kl_controller = roles.make_kl_controller(self.config)
         self.score_moments = RunningMoments()
+        self.old_logprob_source = OldLogprobSource(self.config, self.rollout_config)
         self.phases = Phases()
         self.optimizer_steps = 0
         pad = self.tokenizer.pad_token_id
         eos_ids = end_of_text_ids(self.actor, self.tokenizer)
-        self.backend = make_backend(self.rollout_config, eos_ids, 0 if pad is None else pad)
+        self.backend = make_backend(self.rollout_config, eos_ids, 0 if pad is None else pad, self.tokenizer)
 
     @property
     def max_positions(self) -> int | None:
@@ -141,8 +144,9 @@ class PPOModule(L.LightningModule):
             with self.phases("experience"):
                 experience = self.gain_experience(rollout, scores)
             with self.phases("update"):
-                update = PPOUpdate(self, strategy).run(experience)
-            self._finish(rollout, experience, update)
+                updater = PPOUpdate(self, strategy)
+                update = updater.run(experience)
+            self._finish(rollout, experience, update, measured_gap(self, rollout, experience, updater.gap))
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Log ``val/score``, ``val/response_length`` and ``val/eos_rate`` of sampled responses to held-out prompts."""
@@ -163,13 +167,15 @@ class PPOModule(L.LightningModule):
 
         Args:
             prompt_ids: token ids of each prompt.
-            stream: tells apart rollouts of the same iteration and rank.
+            stream: tells apart rollouts of the same iteration.
             greedy: take the most probable tokens.
         """
         engine = self._engine("actor")
         engine.eval()
-        seed = hash((self.seed, self.global_step, self.global_rank, stream)) % 2**63
-        return self.backend.generate(engine, prompt_ids, seed=seed, greedy=greedy)
+        seed = hash((self.seed, self.global_step, stream)) % 2**63
+        # As the sampler dealt them out: what a prompt gets does not depend on how many ranks there are.
+        indices = [i * self.trainer.world_size + self.global_rank for i in range(len(prompt_ids))]
+        return self.backend.generate(engine, prompt_ids, seed=seed, greedy=greedy, indices=indices)
 
     def score(self, prompts: list[str], rollout: Rollout) -> Tensor:
         """Scores as they enter the token rewards, ``[batch]``: normalised if configured, less the EOS penalty."""
@@ -196,9 +202,12 @@ class PPOModule(L.LightningModule):
     def gain_experience(self, rollout: Rollout, scores: Tensor) -> Experience:
         """Add log-probs, values, rewards and advantages to a rollout."""
         config, mask = self.config, rollout.response_mask
-        size = config.micro_batch_size
-        old = policy_logprobs(self.actor, rollout, size, self.rollout_config.temperature)
-        ref = policy_logprobs(self.reference, rollout, size, self.rollout_config.temperature)
+        size, temperature, source = config.micro_batch_size, self.rollout_config.temperature, self.old_logprob_source
+        if source.recompute:
+            old = policy_logprobs(self.actor, rollout, size, temperature)
+        else:
+            old = source.of_rollout(rollout)
+        ref = policy_logprobs(self.reference, rollout, size, temperature)
         values = state_values(critic_values(self.critic, rollout, size), mask)
         rewards = token_rewards(scores, old, ref, mask, self.kl_controller.value, config.reward_clip)
         advantages, returns = gae(rewards, values, mask, config.gamma, config.lam)
@@ -215,11 +224,13 @@ class PPOModule(L.LightningModule):
             rewards=rewards,
             advantages=advantages,
             returns=returns,
+            weights=source.importance_weights(old, rollout),
         )
 
-    def _finish(self, rollout: Rollout, experience: Experience, update: dict[str, float]) -> None:
-        """Adjust the KL coefficient, step the schedules, log."""
-        metrics = rollout_metrics(self, rollout, experience)
+    def _finish(self, rollout: Rollout, experience: Experience, update: dict[str, float], gap: LogprobGap) -> None:
+        """Adjust the KL coefficient, choose where the next old log-probs come from, step the schedules, log."""
+        metrics = rollout_metrics(self, rollout, experience) | mismatch_metrics(self, gap, experience)
+        self.old_logprob_source.judge(gap)
         self.kl_controller.update(metrics["policy/kl"], len(experience) * self.trainer.world_size)
         metrics |= update_metrics(self, update, rollout)
         self._step_schedules()
@@ -253,17 +264,20 @@ class PPOModule(L.LightningModule):
     # ---- state -------------------------------------------------------------------------------------------------------
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the KL controller and the running moments of the scores."""
+        """Keep the KL controller, the running moments of the scores and the choice of old log-probs."""
         checkpoint["ppo"] = {
             "kl": self.kl_controller.state_dict(),
             "scores": self.score_moments.state_dict(),
+            "old_logprobs": self.old_logprob_source.state_dict(),
             "optimizer_steps": self.optimizer_steps,
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Go on with the KL controller and the running moments of the scores."""
+        """Go on with the KL controller, the running moments of the scores and the choice of old log-probs."""
         self.kl_controller.load_state_dict(checkpoint["ppo"]["kl"])
         self.score_moments.load_state_dict(checkpoint["ppo"]["scores"])
+        # Older checkpoints hold no choice.
+        self.old_logprob_source.load_state_dict(checkpoint["ppo"].get("old_logprobs", {}))
         self.optimizer_steps = checkpoint["ppo"]["optimizer_steps"]
 
 

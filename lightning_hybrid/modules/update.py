@@ -11,7 +11,7 @@ from torch import Tensor
 from lightning_hybrid.engines import backward, discard_gradients
 from lightning_hybrid.errors import ConfigError
 from lightning_hybrid.modules.experience import Experience, micro_batches, minibatches, state_values
-from lightning_hybrid.rl import aggregate, policy_loss, value_loss
+from lightning_hybrid.rl import aggregate, logprob_gap, policy_loss, value_loss
 
 if TYPE_CHECKING:
     from lightning_hybrid.modules.ppo import PPOModule
@@ -27,6 +27,10 @@ class PPOUpdate:
     Args:
         module: whose actor and critic to train.
         strategy: whose engines hold them.
+
+    Attributes:
+        gap: of old log-probs to those of the first minibatch's forward pass, which ran with the very weights that
+            sampled; this rank's sums, see :func:`~lightning_hybrid.rl.logprob_gap`.
     """
 
     def __init__(self, module: PPOModule, strategy: HybridDeepSpeedStrategy) -> None:
@@ -36,6 +40,7 @@ class PPOUpdate:
         self.world_size = strategy.world_size
         self.actor, self.critic = strategy.engines["actor"], strategy.engines["critic"]
         self.metrics: dict[str, list[float]] = defaultdict(list)
+        self.gap: dict[str, Tensor] = {}
 
     def run(self, experience: Experience) -> dict[str, float]:
         """Take ``epochs × minibatches`` steps, fewer if the policy moves beyond ``early_stop_kl``.
@@ -115,7 +120,10 @@ class PPOUpdate:
             config.aggregation,
             norm=norm,
             denominator=denominator,
+            weights=part.weights,
         )
+        if not self.metrics:  # the first minibatch: no step has been taken
+            _accumulate(self.gap, logprob_gap(output.logprobs, part.old_logprobs, part.mask))
         total = loss
         if config.entropy_coef:
             entropy = aggregate(output.entropy, part.mask, config.aggregation, norm=norm, denominator=denominator)

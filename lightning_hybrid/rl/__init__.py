@@ -12,6 +12,7 @@ from lightning_hybrid.rl.kl import KL_ESTIMATORS, estimate_kl
 from lightning_hybrid.rl.logprobs import entropy, gather_logprobs
 from lightning_hybrid.rl.losses import AGGREGATIONS, aggregate, policy_loss, preference_loss, value_loss
 from lightning_hybrid.rl.masking import masked_mean, whiten
+from lightning_hybrid.rl.mismatch import logprob_gap, truncated_importance_weights
 from lightning_hybrid.rl.running import (
     AdaptiveKLController,
     FixedKLController,
@@ -32,11 +33,13 @@ __all__ = [
     "estimate_kl",
     "gae",
     "gather_logprobs",
+    "logprob_gap",
     "masked_mean",
     "moments",
     "policy_loss",
     "preference_loss",
     "token_rewards",
+    "truncated_importance_weights",
     "value_loss",
     "whiten",
 ]

@@ -65,6 +65,7 @@ def policy_loss(
     aggregation: str = "token_mean",
     norm: float | None = None,
     denominator: float | Tensor | None = None,
+    weights: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """PPO's clipped policy loss (Schulman et al. 2017, equation 7), to be minimised.
 
@@ -79,6 +80,8 @@ def policy_loss(
         aggregation: A mode of :func:`aggregate`.
         norm: As in :func:`aggregate`.
         denominator: As in :func:`aggregate`.
+        weights: Float[B, T], factors of the token losses, such as
+            :func:`~lightning_hybrid.rl.truncated_importance_weights`; they get no gradient. None is 1 everywhere.
 
     Returns:
         The loss, 0-dim, and detached 0-dim metrics over the valid tokens: ``clip_fraction`` (tokens whose loss was
@@ -98,6 +101,9 @@ def policy_loss(
     losses = torch.maximum(unclipped, clipped)
     if dual_clip is not None:
         losses = torch.where(advantages < 0, torch.minimum(losses, -dual_clip * advantages), losses)
+    if weights is not None:
+        check_batch_time(mask, weights=weights)
+        losses = losses * widen(weights).detach().masked_fill(~mask, 0.0)
     with torch.no_grad():
         metrics = {
             "clip_fraction": masked_mean((clipped > unclipped).to(losses.dtype), mask),

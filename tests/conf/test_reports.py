@@ -35,6 +35,12 @@ def report(*overrides: str) -> str:
         ("algorithm.kl_estimator=k4", "algorithm.kl_estimator = 'k4': must be 'k1', 'k2' or 'k3'"),
         ("algorithm.lam=1.5", "algorithm.lam = 1.5: must be less than or equal to 1"),
         ("algorithm.early_stop_kl=0", "algorithm.early_stop_kl = 0: must be greater than 0"),
+        (
+            "algorithm.old_logprobs=always",
+            "algorithm.old_logprobs = 'always': must be 'auto', 'rollout' or 'recompute'",
+        ),
+        ("algorithm.old_logprob_tolerance=0", "algorithm.old_logprob_tolerance = 0: must be greater than 0"),
+        ("algorithm.importance_cap=0.5", "algorithm.importance_cap = 0.5: must be greater than or equal to 1"),
         ("algorithm.dual_clip=1", "algorithm.dual_clip = 1: must be greater than 1"),
         ("algorithm.betas=[0.9,2.0]", "algorithm.betas (item 1) = 2.0: must be less than 1"),
         ("algorithm.betas=[0.9]", "algorithm.betas.1: required, but not given"),
@@ -73,6 +79,16 @@ def test_wrong_value_is_named_with_what_is_allowed(override: str, line: str) -> 
         (["algorithm.minibatch_size=5"], "algorithm.minibatch_size = 5: must divide the rollout batch of 8"),
         (["algorithm.minibatch_size=12"], "algorithm.minibatch_size = 12: must divide the rollout batch of 8"),
         (["algorithm.kl_coef=0", "algorithm.kl_target=6.0"], "must be above 0 when kl_target is set"),
+        (
+            ["algorithm.old_logprobs=rollout", "algorithm.importance_cap=2.0"],
+            "algorithm.importance_cap = 2.0 with old_logprobs='rollout': compares the rollout's log-probs with "
+            "recomputed ones: use old_logprobs=recompute, or null for no weights",
+        ),
+        (
+            ["algorithm.old_logprobs=rollout", "rollout.temperature=0.7", "rollout.top_p=0.9"],
+            "algorithm.old_logprobs = 'rollout': with rollout.temperature=0.7 and top_p=0.9 the rollout does not know "
+            "the log-probs at that temperature over all tokens: use recompute or auto",
+        ),
         (["rollout.min_new_tokens=65"], "rollout.min_new_tokens = 65: must not exceed max_new_tokens (64)"),
         (["reward.function=rewards:length"], "reward.path = 'a-reward-model' beside function 'rewards:length'"),
         (["reward.path=null"], "reward.path = nothing: give exactly one of path (a reward model) and function"),
@@ -158,3 +174,9 @@ def test_key_of_another_recipe_is_unknown() -> None:
 def test_unknown_choice_of_a_group_lists_the_choices() -> None:
     with pytest.raises(ConfigError, match=r"(?s)cannot compose 'ppo'.*trainer/gpux.*auto\s+cpu\s+gpu"):
         compose_run("ppo", PPORun, ["trainer=gpux"])
+
+
+@pytest.mark.parametrize("overrides", [["rollout.temperature=0.7"], ["rollout.top_p=0.9"], ["rollout.min_p=0.1"]])
+def test_a_rollout_that_knows_old_log_probs_may_give_them(overrides: list[str]) -> None:
+    run = compose_run("ppo", PPORun, [*NEEDED, "algorithm.old_logprobs=rollout", *overrides])
+    assert run.algorithm.old_logprobs == "rollout"

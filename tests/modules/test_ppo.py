@@ -84,7 +84,8 @@ def test_schedules_count_iterations() -> None:
 
 def test_every_figure_that_an_iteration_promises_is_logged_and_finite() -> None:
     row = fit(module(), steps=2)[-1]
-    promised = PPO_FIGURES | {"rollout/logprob_gap_mean"}
+    gap = {"logprob_gap_mean", "logprob_gap_max", "ratio_outside", "old_logprobs_recomputed"}
+    promised = PPO_FIGURES | {f"rollout/{name}" for name in gap}
     assert promised <= set(row)
     assert all(math.isfinite(value) for value in row.values())
     assert row["rollout/logprob_gap_mean"] < 1e-5
