@@ -161,8 +161,11 @@ def _refuse_unsupported(
         *(f"{name}={_shown(value)}" for name, value in changing.items() if name in known),
     ]
     unknown = [f"{name}={_shown(value)}" for name, value in changing.items() if name not in known]
-    problems = [f"it does not honour {', '.join(refused)}: {REMEDY}"] if refused else []
-    problems += [f"{', '.join(unknown)} is not known, neither to it nor to the model: correct the name"] * bool(unknown)
+    problems = []
+    if refused:
+        problems.append(f"it does not honour {', '.join(refused)}: {REMEDY}")
+    if unknown:
+        problems.append(f"neither it nor the model knows {', '.join(unknown)}: correct the name")
     if problems:
         raise RolloutError("generation with the trained weights: " + "; ".join(problems))
 
