@@ -15,8 +15,8 @@ from lightning_hybrid.strategy import EngineSpec, HybridDeepSpeedStrategy, regis
 if TYPE_CHECKING:
     from lightning_hybrid.config import PPOConfig, RewardConfig, RolloutConfig, SFTConfig
     from lightning_hybrid.data import InstructionDataModule, PreferenceDataModule, PromptDataModule
+    from lightning_hybrid.generation import Rollout, SamplingParams, generate
     from lightning_hybrid.modules import PPOModule, RewardModule, SFTModule
-    from lightning_hybrid.rollout import Rollout
 
 register_strategies()
 
@@ -30,10 +30,12 @@ _LAZY = {
     "PromptDataModule": "data",
     "RewardConfig": "config",
     "RewardModule": "modules",
-    "Rollout": "rollout",
+    "Rollout": "generation",
     "RolloutConfig": "config",
     "SFTConfig": "config",
     "SFTModule": "modules",
+    "SamplingParams": "generation",
+    "generate": "generation",
 }
 
 __all__ = [
@@ -51,6 +53,8 @@ __all__ = [
     "RolloutConfig",
     "SFTConfig",
     "SFTModule",
+    "SamplingParams",
+    "generate",
 ]
 
 
