@@ -1,8 +1,10 @@
-"""What the strategy costs: the same two engines driven by hand and through ``Trainer.fit``, in turn, in one process.
+"""Generation and training beside their peers: one run, same weights, same prompts, same sampling.
 
-Both train a policy and a critic (Llama-shaped, fresh weights) on the same batches: one forward, backward and step of
-each per iteration. By hand means what DeepSpeed's documentation shows: ``engine(...)``, ``engine.backward(loss)``,
-``engine.step()``. The table gives the median seconds of an iteration for each round and the median of the ratios.
+``rollout``: tokens per second, memory and switches of the native engine beside Hugging Face's ``generate``, DeepSpeed's
+``HybridEngineRollout``, transformers' ``generate_batch``, the rollout of TRL's GRPO, and vLLM where it is installed.
+``step``: a PPO step beside a step of TRL's GRPO. ``all``: both. ``strategy``: what the strategy costs beside the same
+two engines driven by hand. Each peer is a file in ``peers/``; one that is not installed is named as absent
+(``pip install trl``, ``pip install vllm``). A table is printed, and drawn as a PNG.
 """
 
 from __future__ import annotations
@@ -10,129 +12,69 @@ from __future__ import annotations
 import argparse
 import os
 import statistics
-import time
-from typing import Any
+from pathlib import Path
 
 import lightning as L
 import torch
-from torch import Tensor
+from peers.measure import copy_bandwidth
+from peers.report import FOOTNOTES, RANDOM_WEIGHTS, Panel, draw, print_rollouts, print_steps, rollout_panel
+from peers.rounds import compare, enter_peers
+from peers.steps import take_turns
+from peers.subject import SHAPES, Source, Subject, device
 
-from lightning_hybrid.engines import engine_config, prepare_deepspeed
-from lightning_hybrid.models import build_policy
-from lightning_hybrid.modules.optimization import make_adamw
-from lightning_hybrid.modules.roles import scalar_from_policy
-from lightning_hybrid.strategy import HybridDeepSpeedStrategy
+from lightning_hybrid.engines import prepare_deepspeed
 
-VOCABULARY = 2048
-ARCHITECTURE = {
-    "model_type": "llama",
-    "hidden_size": 128,
-    "intermediate_size": 384,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 4,
-}
+MODEL = Path(__file__).resolve().parents[2] / "shared" / "models" / "tinystories-656k"
 
 
-class TwoEngines(L.LightningModule):
-    """A policy and a critic with an optimizer each; one iteration is one step of both."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.automatic_optimization = False
-        torch.manual_seed(0)
-        self.policy = build_policy(ARCHITECTURE, VOCABULARY)
-        self.critic = scalar_from_policy(self.policy)
-        self.times: list[float] = []
-
-    def losses(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Two losses on ``[batch, time]`` tokens, each through one network."""
-        return policy_loss(self.policy, tokens), critic_loss(self.critic, tokens)
-
-    def training_step(self, batch: Tensor, batch_idx: int) -> None:
-        """Step both."""
-        self.times.append(time.perf_counter())
-        for network, loss, optimizer in zip(
-            (self.policy, self.critic), (policy_loss, critic_loss), self.optimizers(), strict=True
-        ):
-            self.manual_backward(loss(network, batch))
-            optimizer.step()
-
-    def configure_optimizers(self) -> list[torch.optim.Optimizer]:
-        """One AdamW each."""
-        return [make_adamw(n.parameters(), 1e-4, 0.0, (0.9, 0.95)) for n in (self.policy, self.critic)]
+def rollout(options: argparse.Namespace) -> list[Panel]:
+    """Print a table for each size."""
+    subject = Subject(_source(options))
+    entries = enter_peers(subject)
+    bandwidth = copy_bandwidth(subject.device) if subject.device.type == "cuda" else None
+    panels = []
+    for count, max_new_tokens in options.sizes:
+        workload = subject.source.workload(count, max_new_tokens, subject.policy)
+        title = f"{subject.source}: {workload}"
+        print(f"\n{title}, {_where(options)}, medians of rounds: {options.rounds}")
+        measured = compare(entries, workload, options.rounds, options.all)
+        print_rollouts(measured, workload, bandwidth)
+        panels.append(rollout_panel(measured, title))
+    print(f"\n{FOOTNOTES}")
+    if subject.source.path is None:
+        print(RANDOM_WEIGHTS)
+    if bandwidth is not None:
+        print(f"roofline         time to read weights and live cache at {bandwidth / 1e9:,.0f} GB/s, the measured copy")
+    return panels
 
 
-def policy_loss(policy: Any, tokens: Tensor) -> Tensor:
-    """Negative log-prob of all but the first token."""
-    mask = torch.ones_like(tokens, dtype=torch.bool)
-    asked = mask.clone()
-    asked[:, 0] = False
-    loss: Tensor = -policy(tokens, mask, asked).logprobs.mean()
-    return loss
+def step(options: argparse.Namespace) -> list[Panel]:
+    """Print the seconds of a whole training step beside TRL's."""
+    from peers.ppo import PPOSteps
+    from peers.trl_grpo import GRPOSteps
+
+    source = _source(options)
+    count, max_new_tokens = options.step_size
+    workload = source.workload(count, max_new_tokens, source.policy())
+    title = f"{source}: one step on {count} responses of up to {max_new_tokens} tokens"
+    print(f"\n{title}, {options.per_prompt} per prompt, {_where(options)}, medians of rounds: {options.rounds}")
+    runs = [run for run in (PPOSteps(), GRPOSteps()) if run.absent() is None]
+    taken = take_turns(runs, source, workload, options.per_prompt, options.steps, options.rounds)
+    print_steps(taken)
+    if reason := GRPOSteps.absent():
+        print(f"{GRPOSteps.name}: absent: {reason}")
+    print("PPO also runs a frozen reference and trains a critic; GRPO, by TRL's default, has neither.")
+    return [Panel(title, "seconds per step", tuple((steps.name, steps.seconds) for steps in taken))]
 
 
-def critic_loss(critic: Any, tokens: Tensor) -> Tensor:
-    """Squared distance of all values from 1."""
-    loss: Tensor = (critic(tokens, torch.ones_like(tokens, dtype=torch.bool)) - 1).square().mean()
-    return loss
+def strategy(options: argparse.Namespace) -> None:
+    """Print the median seconds of an iteration of two engines for each ZeRO stage, and the median of the ratios."""
+    from peers.by_hand import by_hand, through_the_trainer
 
-
-def through_the_trainer(stage: int, batches: Tensor) -> float:
-    """Median seconds of an iteration inside ``Trainer.fit``."""
-    module = TwoEngines()
-    trainer = L.Trainer(
-        strategy=HybridDeepSpeedStrategy(stage=stage),
-        accelerator="auto" if torch.cuda.is_available() else "cpu",
-        devices=1,
-        max_epochs=1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
-    trainer.fit(module, torch.utils.data.DataLoader(batches, batch_size=None))  # type: ignore[arg-type]
-    return _median_gap(module.times)
-
-
-def by_hand(stage: int, batches: Tensor) -> float:
-    """Median seconds of an iteration of a plain loop over two DeepSpeed engines."""
-    import deepspeed
-
-    module, engines = TwoEngines(), []
-    config = engine_config(stage=stage, precision="32-true")
-    for network, optimizer in zip((module.policy, module.critic), module.configure_optimizers(), strict=True):
-        engine, *_ = deepspeed.initialize(model=network, optimizer=optimizer, config=dict(config))
-        engines.append(engine)
-    times = []
-    for batch in batches.to(engines[0].device):
-        times.append(time.perf_counter())
-        for engine, loss in zip(engines, (policy_loss, critic_loss), strict=True):
-            engine.backward(loss(engine, batch))
-            engine.step()
-    for engine in engines:
-        engine.destroy()
-    return _median_gap(times)
-
-
-def _median_gap(times: list[float], warmup: int = 3) -> float:
-    gaps = [after - before for before, after in zip(times[warmup:], times[warmup + 1 :], strict=False)]
-    return statistics.median(gaps)
-
-
-def main() -> None:
-    """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--stages", type=int, nargs="+", default=[0, 1, 2, 3])
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--iterations", type=int, default=25)
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--length", type=int, default=64)
-    options = parser.parse_args()
     os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed reads it; a single process stands for one launched
     L.seed_everything(0, verbose=False)
-    batches = torch.randint(0, VOCABULARY, (options.iterations, options.batch, options.length))
-    prepare_deepspeed("cuda" if torch.cuda.is_available() else "cpu")
+    batches = torch.randint(0, SHAPES["tiny"]["vocab_size"], (options.iterations, options.batch, options.length))
+    prepare_deepspeed(device().type)
     print(f"{'stage':>5} {'by hand, ms':>12} {'trainer, ms':>12} {'ratio':>7}")
     for stage in options.stages:
         # The Trainer first: it starts the process group that the loop by hand then uses.
@@ -140,6 +82,79 @@ def main() -> None:
         trainer, hand = (statistics.median(column) for column in zip(*rounds, strict=True))
         ratio = statistics.median(ours / theirs for ours, theirs in rounds)
         print(f"{stage:>5} {hand * 1e3:>12.2f} {trainer * 1e3:>12.2f} {ratio:>7.3f}")
+
+
+def _source(options: argparse.Namespace) -> Source:
+    """What was asked for; else the small real model beside the checkout; else a tiny one with random weights."""
+    if options.shape is not None:
+        return Source(None, options.shape, tuple(options.prompt_tokens))
+    path = options.model or (str(MODEL) if MODEL.is_dir() else None)
+    return Source(path, prompt_tokens=tuple(options.prompt_tokens))
+
+
+def _where(options: argparse.Namespace) -> str:
+    if torch.cuda.is_available():
+        return f"bf16 on {torch.cuda.get_device_name(0)}"
+    return f"float32 on a CPU, {options.threads} thread{'s' if options.threads > 1 else ''}"
+
+
+def _size(text: str) -> tuple[int, int]:
+    """``256x400`` as prompts and new tokens."""
+    count, _, tokens = text.partition("x")
+    if not (count.isdigit() and tokens.isdigit() and int(count) > 0 and int(tokens) > 0):
+        raise argparse.ArgumentTypeError(f"'{text}' is not PROMPTSxTOKENS, such as 64x64")
+    return int(count), int(tokens)
+
+
+def parser() -> argparse.ArgumentParser:
+    """What can be asked for."""
+    on_cuda = torch.cuda.is_available()
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--model", help="folder or hub name; by default a small model beside the checkout, if any")
+    common.add_argument("--shape", choices=SHAPES, help="random weights of this shape instead of a model")
+    lengths = [128, 512] if on_cuda else [8, 32]
+    common.add_argument("--prompt-tokens", type=int, nargs=2, default=lengths, help="range, with random weights")
+    common.add_argument("--rounds", type=int, default=3, help="that count, after one that does not")
+    common.add_argument("--threads", type=int, default=1, help="of PyTorch on a CPU")
+    common.add_argument("--png", type=Path, default=Path("outputs/benchmark.png"), help="where to draw")
+
+    rollouts = argparse.ArgumentParser(add_help=False)
+    sizes = [(256, 1024)] if on_cuda else [(256, 400), (64, 64)]
+    rollouts.add_argument("--sizes", type=_size, nargs="+", default=sizes, help="PROMPTSxTOKENS, a table for each")
+    rollouts.add_argument("--all", action="store_true", help="also peers that take minutes")
+
+    steps = argparse.ArgumentParser(add_help=False)
+    steps.add_argument("--step-size", type=_size, default=(64, 64), help="RESPONSESxTOKENS")
+    steps.add_argument("--per-prompt", type=int, default=8, help="responses to each prompt")
+    steps.add_argument("--steps", type=int, default=5, help="timed in each round")
+
+    engines = argparse.ArgumentParser(add_help=False)
+    engines.add_argument("--stages", type=int, nargs="+", default=[0, 1, 2, 3])
+    engines.add_argument("--rounds", type=int, default=5)
+    engines.add_argument("--iterations", type=int, default=25)
+    engines.add_argument("--batch", type=int, default=16)
+    engines.add_argument("--length", type=int, default=64)
+
+    whole = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = whole.add_subparsers(dest="command", required=True)
+    commands.add_parser("rollout", parents=[common, rollouts], help="generation beside its peers")
+    commands.add_parser("step", parents=[common, steps], help="a PPO step beside TRL's GRPO step")
+    commands.add_parser("all", parents=[common, rollouts, steps], help="rollout, then step")
+    commands.add_parser("strategy", parents=[engines], help="the strategy beside the same engines driven by hand")
+    return whole
+
+
+def main() -> None:
+    """Run a comparison."""
+    options = parser().parse_args()
+    if options.command == "strategy":
+        strategy(options)
+        return
+    torch.set_num_threads(options.threads)
+    jobs = {"rollout": [rollout], "step": [step], "all": [rollout, step]}[options.command]
+    panels = [panel for job in jobs for panel in job(options) if panel.bars]
+    draw(panels, options.png)
+    print(f"drawn in {options.png}")
 
 
 if __name__ == "__main__":
