@@ -15,6 +15,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 from lightning_hybrid.data.task import build_tokenizer
 from lightning_hybrid.generation import Rollout, SamplingParams, StopTexts, Workspace
 from lightning_hybrid.generation.graphs import GraphSteps
+from lightning_hybrid.generation.loop import Generation
 from lightning_hybrid.models import Policy
 from tests.generation.loops import CAPACITY, EOS_IDS, PaddedSteps, decoder_of, generated, generation
 from tests.helpers import tiny_policy
@@ -141,7 +142,7 @@ def test_the_host_does_not_wait_when_rows_end_and_prompts_take_their_slots() -> 
                 made._settle(made.lag if launched else 0)
 
 
-def pass_once(made: object) -> None:
+def pass_once(made: Generation) -> None:
     made._advance()
     made._settle(made.lag)
 
