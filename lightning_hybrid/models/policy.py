@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from lightning_hybrid.models.scores import TokenScores
+
 
 class PolicyOutput(NamedTuple):
     """What a policy says about the tokens it was given; zero where nothing was asked.
@@ -93,10 +95,10 @@ class Policy(nn.Module):
         return int(most)
 
     def _score_chunk(self, hidden: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-        logits = head_logits(self.model, hidden).float() / temperature
-        logp = logits.log_softmax(-1)
-        chosen = logp.gather(-1, targets[:, None]).squeeze(-1)
-        return chosen, -(logp.exp() * logp).sum(-1)
+        logits = head_logits(self.model, hidden).float()
+        # Ours to overwrite: nobody else holds these logits.
+        scores: tuple[Tensor, Tensor] = TokenScores.apply(logits / temperature, targets)
+        return scores
 
 
 def base_of(model: Any) -> Any:
