@@ -128,6 +128,15 @@ def _minibatch_fits_rollout(run: PPORun) -> Problem | None:
     return Problem("algorithm.minibatch_size", remedy, str(size))
 
 
+def _rollout_fits_workspace(run: PPORun) -> Problem | None:
+    limit, asked = run.strategy.hybrid_engine.max_out_tokens, run.rollout.max_new_tokens + 1
+    if run.rollout.backend != "native" or max(asked, run.data.max_length or 0) <= limit:
+        return None
+    needs = "rollout.max_new_tokens and a prompt" if asked > limit else "data.max_length"
+    remedy = f"must be at least {max(asked, run.data.max_length or 0)}, what {needs} may need"
+    return Problem("strategy.hybrid_engine.max_out_tokens", remedy, str(limit))
+
+
 def rollout_lacks_old_logprobs(rollout: RolloutConfig) -> str | None:
     """Why PPO's old log-probs cannot come from a rollout sampled like this; None where they can.
 
@@ -170,6 +179,7 @@ class PPORun(Run):
         _accumulation_is_the_algorithms,
         _minibatch_divides_over_ranks,
         _minibatch_fits_rollout,
+        _rollout_fits_workspace,
         _rollout_knows_old_logprobs,
     )
 

@@ -77,7 +77,7 @@ class LengthRule:
         if self.room is not None and self.room < 1:
             raise DataError(
                 f"max_new_tokens {self.reserve} leaves no room for a prompt within max_length {self.max_length} "
-                "(the model's positions): lower max_new_tokens"
+                "(the model's positions, or hybrid_engine.max_out_tokens): lower max_new_tokens"
             )
 
     @property

@@ -17,7 +17,7 @@ from lightning_hybrid.containers import Decoder, InPlace, Shard, Weights, bind, 
 from lightning_hybrid.engines.build import causal_lm_in
 from lightning_hybrid.engines.clock import PhaseClock
 from lightning_hybrid.engines.gather import gathered, hooks_lifted
-from lightning_hybrid.engines.tensor_parallel import gather_prompts, tensor_parallel_shard
+from lightning_hybrid.engines.tensor_parallel import GroupPrompts, gather_prompts, tensor_parallel_shard
 from lightning_hybrid.engines.weights import Gathered, LayerByLayer, Sliced
 from lightning_hybrid.errors import RolloutError
 from lightning_hybrid.generation import (
@@ -112,38 +112,50 @@ class HybridEngine(DeepSpeedHybridEngine):  # type: ignore[misc]
             RolloutError: in training mode; for a model without a container; for a prompt that is empty or too long. The
                 engine is then back in training mode, its memory given back.
         """
-        begin = time.perf_counter()
-        try:
+        with self._trainable_if_it_fails():
             self._refuse_to_generate()
             stop = StopTexts(sampling.stop, tokenizer)
-            together = gather_prompts(prompts, indices, seed, self._shard)
+            together = gather_prompts(prompts, indices, seed, sampling, self._shard)
             self._check(together.prompts, sampling)
-            decoder = self._bound(max(map(len, together.prompts)) + sampling.max_new_tokens)
-            bound = time.perf_counter()
-            self._workspace = make_workspace(decoder, together.prompts, sampling, max_tokens_in_flight, self._workspace)
-            rollout = sample_with(
-                decoder,
-                together.prompts,
-                sampling,
-                end_ids(self.causal_lm, sampling),
-                seed,
-                stop,
-                workspace=self._workspace,
-                indices=together.indices,
-                any_rank=bool if decoder.weights.steady else any_rank,
-            )
+            rollout = self._sample(together, sampling, seed, stop, max_tokens_in_flight)
+        return rollout.rows(together.begin * sampling.n, together.end * sampling.n)
+
+    def _sample(
+        self, together: GroupPrompts, sampling: SamplingParams, seed: int, stop: StopTexts, budget: int | None
+    ) -> Rollout:
+        begin = time.perf_counter()
+        decoder = self._bound(max(map(len, together.prompts)) + sampling.max_new_tokens)
+        bound = time.perf_counter()
+        self._workspace = make_workspace(decoder, together.prompts, sampling, budget, self._workspace)
+        rollout = sample_with(
+            decoder,
+            together.prompts,
+            sampling,
+            end_ids(self.causal_lm, sampling),
+            seed,
+            stop,
+            workspace=self._workspace,
+            indices=together.indices,
+            any_rank=bool if decoder.weights.steady else any_rank,
+        )
+        self.timings.add_generation(together.end - together.begin, bound - begin, time.perf_counter() - bound)
+        return rollout
+
+    @contextmanager
+    def _trainable_if_it_fails(self) -> Iterator[None]:
+        """Leave training mode behind an exception, and no memory of generation."""
+        try:
+            yield
         except BaseException:
             self._workspace = None
             self.train()
             raise
-        self.timings.add_generation(len(prompts), bound - begin, time.perf_counter() - bound)
-        return rollout.rows(together.begin * sampling.n, together.end * sampling.n)
 
     def generate(self, input_ids: Tensor | None = None, **kwargs: Any) -> Tensor:
         """Generate with the weights being trained, called as Hugging Face's ``generate`` is.
 
-        Sampling is seeded from torch's default generator. A model without an inference container generates by itself,
-        see :meth:`generate_with_model`, after one warning.
+        Sampling is seeded from torch's default generator; ranks draw differently also where theirs are seeded alike. A
+        model without an inference container generates by itself, see :meth:`generate_with_model`, after one warning.
 
         Args:
             input_ids: ``[batch, time]`` long, left-padded prompts.
@@ -157,15 +169,17 @@ class HybridEngine(DeepSpeedHybridEngine):  # type: ignore[misc]
         """
         from lightning_hybrid.generation.hf_arguments import as_sequences, read_arguments
 
-        self._refuse_to_generate()
-        reason = reason_without_container(self.causal_lm, 1)
-        if reason is not None:
-            warn_without_container(self.causal_lm, reason)
-            return self.generate_with_model(input_ids, **kwargs)
-        request = read_arguments(self.causal_lm, input_ids, kwargs)
-        seed = int(torch.randint(2**62, ()))
-        rollout = self.sample(request.prompts, request.sampling, seed, tokenizer=request.tokenizer)
-        return as_sequences(request, rollout)
+        with self._trainable_if_it_fails():
+            self._refuse_to_generate()
+            reason = reason_without_container(self.causal_lm, 1)
+            if reason is not None:
+                warn_without_container(self.causal_lm, reason)
+                return self.generate_with_model(input_ids, **kwargs)
+            request = read_arguments(self.causal_lm, input_ids, kwargs)
+            seed = int(torch.randint(2**62, ()))
+            indices = [torch.distributed.get_rank() << 32 | row for row in range(len(request.prompts))]
+            rollout = self.sample(request.prompts, request.sampling, seed, indices, tokenizer=request.tokenizer)
+            return as_sequences(request, rollout)
 
     def generate_with_model(self, input_ids: Tensor | None = None, **kwargs: Any) -> Tensor:
         """Generate with the model's own ``generate``, whatever the family; arguments are Hugging Face's.
@@ -201,6 +215,9 @@ class HybridEngine(DeepSpeedHybridEngine):  # type: ignore[misc]
     def _bound(self, positions: int) -> Decoder:
         """The containers, reading the weights where they are, gathered, or cut."""
         model, config = self.causal_lm, self._config.hybrid_engine
+        # For all lengths that may come: captured steps hold on to the rotary tables.
+        most = min(config.max_out_tokens, max_positions(base_of(model).config) or config.max_out_tokens)
+        positions = positions if reason_without_container(model, most) else max(most, positions)
         weights: Weights = InPlace()
         if self.Z3_enabled and self._shard.size > 1:
             weights = Sliced(model, self.device, config.tp_gather_partition_size)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from lightning_hybrid.containers import Shard
 from lightning_hybrid.errors import StrategyError
+from lightning_hybrid.generation import SamplingParams
 
 
 def tensor_parallel_shard(size: int) -> Shard:
@@ -44,27 +45,29 @@ class GroupPrompts(NamedTuple):
 
 
 def gather_prompts(
-    prompts: Sequence[Sequence[int]], indices: Sequence[int] | None, seed: int, shard: Shard
+    prompts: Sequence[Sequence[int]],
+    indices: Sequence[int] | None,
+    seed: int,
+    sampling: SamplingParams,
+    shard: Shard,
 ) -> GroupPrompts:
     """Collect the prompts of a group; without a group, this rank's own.
 
     Raises:
-        StrategyError: if the ranks' seeds differ, so that they would draw different tokens for the same row.
+        StrategyError: if the ranks' seeds or sampling differ, so that they would draw different tokens for a row.
     """
-    if shard.size == 1:
-        own = list(range(len(prompts))) if indices is None else list(indices)
-        return GroupPrompts([list(prompt) for prompt in prompts], own, 0, len(prompts))
-    held: list[tuple[list[list[int]], list[int] | None, int]] = [([], None, 0)] * shard.size
-    own_indices = None if indices is None else list(indices)
-    torch.distributed.all_gather_object(
-        held, ([list(prompt) for prompt in prompts], own_indices, seed), group=shard.group
-    )
-    seeds = {seed for _, _, seed in held}
-    if len(seeds) > 1:
-        raise StrategyError(f"ranks that share a model must draw with one seed, these have {sorted(seeds)}")
+    given = None if indices is None else list(indices)
+    own = ([list(prompt) for prompt in prompts], given, (seed, sampling))
+    held: list[Any] = [own]
+    if shard.size > 1:
+        held = [None] * shard.size
+        torch.distributed.all_gather_object(held, own, group=shard.group)
+    ways = {way for _, _, way in held}
+    if len(ways) > 1:
+        said = "; ".join(f"seed {seed}, {sampling}" for seed, sampling in sorted(ways, key=str))
+        raise StrategyError(f"ranks that share a model must draw in one way, these have: {said}")
     together = [prompt for theirs, _, _ in held for prompt in theirs]
     begin = sum(len(theirs) for theirs, _, _ in held[: shard.rank])
-    known = [index for theirs, given, _ in held for index in given or ()]
-    return GroupPrompts(
-        together, known if len(known) == len(together) else list(range(len(together))), begin, begin + len(prompts)
-    )
+    known = [index for _, theirs, _ in held for index in theirs or ()]
+    names = known if len(known) == len(together) else list(range(len(together)))
+    return GroupPrompts(together, names, begin, begin + len(prompts))

@@ -81,6 +81,7 @@ def sample_with(
     any_rank: Callable[[bool], bool] = bool,
 ) -> Rollout:
     """Run the decode loop, in ``workspace`` or one made for the call."""
+    eos_ids = [token for token in eos_ids if 0 <= token < decoder.head_rows]
     if workspace is None:
         workspace = make_workspace(decoder, prompts, sampling, max_tokens_in_flight)
     with torch.inference_mode():
@@ -97,7 +98,8 @@ def make_workspace(
 ) -> Workspace:
     """A workspace for these prompts; the one of ``before`` where it serves."""
     capacity = capacity_of(max(len(prompt) for prompt in prompts), sampling.max_new_tokens)
-    slots = slots_for(decoder, capacity, len(prompts) * sampling.n, max_tokens_in_flight)
+    held = 0 if before is None else before.cache.data.nbytes
+    slots = slots_for(decoder, capacity, len(prompts) * sampling.n, max_tokens_in_flight, held)
     if before is not None and before.fits(decoder, slots, capacity):
         return before
     return Workspace(decoder, slots, capacity)

@@ -13,7 +13,7 @@ CPU_SHARE, CUDA_SHARE = 0.3, 0.7
 CPU_ROWS, CUDA_ROWS = 256, 1024
 
 
-def slots_for(decoder: Decoder, capacity: int, rows: int, max_tokens_in_flight: int | None) -> int:
+def slots_for(decoder: Decoder, capacity: int, rows: int, max_tokens_in_flight: int | None, held: int = 0) -> int:
     """Rows to generate at once, at most ``rows``.
 
     Args:
@@ -21,6 +21,7 @@ def slots_for(decoder: Decoder, capacity: int, rows: int, max_tokens_in_flight: 
         capacity: tokens that a row may have.
         rows: responses asked for.
         max_tokens_in_flight: tokens that the cache may hold; None for a share of the free memory.
+        held: bytes of a cache that this one would replace.
 
     Raises:
         RolloutError: if there is no room for a single row.
@@ -32,7 +33,7 @@ def slots_for(decoder: Decoder, capacity: int, rows: int, max_tokens_in_flight: 
                 "(longest prompt and max_new_tokens): raise it, or lower max_new_tokens"
             )
         return min(rows, max_tokens_in_flight // capacity)
-    needed, free = decoder.bytes_per_slot(capacity), free_bytes(decoder.device)
+    needed, free = decoder.bytes_per_slot(capacity), free_bytes(decoder.device) + held
     if needed > free:
         raise RolloutError(
             f"the KV cache of one row of {capacity} tokens takes {needed / 2**20:.0f} MiB, and {free / 2**20:.0f} MiB "

@@ -56,9 +56,16 @@ def used_columns(mask: Tensor) -> slice:
     return slice(int(used[0]), int(used[-1]) + 1) if len(used) else slice(0, 0)
 
 
-def micro_batches(size: int, micro_batch_size: int) -> Iterator[Tensor]:
-    """Cut ``size`` rows into index tensors of at most ``micro_batch_size``."""
-    yield from torch.arange(size).split(micro_batch_size)
+def micro_batches(mask: Tensor, micro_batch_size: int) -> Iterator[Tensor]:
+    """Cut the rows of ``mask`` ``[batch, time]`` into index tensors of at most ``micro_batch_size``.
+
+    Rows of like width, by where their real tokens begin and end, come together: less padding is computed.
+    """
+    time = torch.arange(mask.shape[1], device=mask.device)
+    first = torch.where(mask, time, mask.shape[1]).amin(1)
+    last = torch.where(mask, time, -1).amax(1)
+    order = torch.argsort(last * (mask.shape[1] + 1) - first, stable=True)
+    yield from order.split(micro_batch_size)
 
 
 def minibatches(size: int, minibatch_size: int, generator: torch.Generator) -> list[Tensor]:

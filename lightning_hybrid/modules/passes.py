@@ -15,7 +15,7 @@ def policy_logprobs(policy: Policy, rollout: Rollout, micro_batch_size: int, tem
     """Log-probs of the sampled tokens, ``[batch, time]`` float32, 0 outside the responses."""
     attention, response = rollout.attention_mask, rollout.response_mask
     result = torch.zeros_like(rollout.policy_logprobs)
-    for rows in micro_batches(len(result), micro_batch_size):
+    for rows in micro_batches(attention, micro_batch_size):
         columns = used_columns(attention[rows])
         output = policy(
             rollout.tokens[rows, columns], attention[rows, columns], response[rows, columns], temperature=temperature
@@ -29,7 +29,7 @@ def critic_values(critic: ScalarModel, rollout: Rollout, micro_batch_size: int) 
     """What the critic says at each token, ``[batch, time]`` float32, 0 where everything is padding."""
     attention = rollout.attention_mask
     result = torch.zeros_like(rollout.policy_logprobs)
-    for rows in micro_batches(len(result), micro_batch_size):
+    for rows in micro_batches(attention, micro_batch_size):
         columns = used_columns(attention[rows])
         result[rows, columns] = critic(rollout.tokens[rows, columns], attention[rows, columns])
     return result

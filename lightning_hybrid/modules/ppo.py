@@ -99,8 +99,16 @@ class PPOModule(L.LightningModule):
 
     @property
     def max_positions(self) -> int | None:
-        """Tokens that a prompt and its response may have together; None for no limit."""
-        return max_positions(self.actor.config)
+        """Tokens that a prompt and its response may have together; None for no limit.
+
+        The model's positions, and while training with containers no more than ``hybrid_engine.max_out_tokens``.
+        """
+        of_model = max_positions(self.actor.config)
+        strategy = self._trainer.strategy if self._trainer is not None else None
+        if self.rollout_config.backend != "native" or not isinstance(strategy, HybridDeepSpeedStrategy):
+            return of_model
+        workspace = strategy.max_out_tokens
+        return workspace if of_model is None else min(of_model, workspace)
 
     # ---- what the Trainer asks for ---------------------------------------------------------------------------------
 

@@ -76,7 +76,7 @@ class PPOUpdate:
         """Accumulate a minibatch's gradients and step both engines; False if the policy moved too far already."""
         sums: dict[str, Tensor] = {}
         denominator = self._denominator(experience.mask[rows])
-        for index in micro_batches(len(rows), self.config.micro_batch_size):
+        for index in micro_batches(experience.attention_mask[rows], self.config.micro_batch_size):
             part = experience.rows(rows[index])
             _accumulate(sums, self._train_actor(part, denominator))
             _accumulate(sums, self._train_critic(part, denominator))

@@ -158,6 +158,11 @@ class HybridDeepSpeedStrategy(DeepSpeedStrategy):
 
     # ---- engines ---------------------------------------------------------------------------------------------------
 
+    @property
+    def max_out_tokens(self) -> int:
+        """Prompt and response tokens together that hybrid engines generate at most, DeepSpeed's key and default."""
+        return int(self.hybrid_engine.get("max_out_tokens", 512))
+
     def engine_config(self, spec: EngineSpec | None = None) -> dict[str, Any]:
         """The DeepSpeed config of an engine that asked for ``spec``."""
         spec = spec or EngineSpec()

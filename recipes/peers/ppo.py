@@ -34,7 +34,7 @@ class PPOSteps(StepRun):
         module = PPOModule(
             policy,
             reward=lambda prompts, responses: self.reward(responses),
-            config=PPOConfig(epochs=1, micro_batch_size=rows),
+            config=PPOConfig(epochs=1, micro_batch_size=min(rows, 16)),
             rollout=RolloutConfig(max_new_tokens=workload.max_new_tokens),
             tokenizer=source.tokenizer(),
             seed=seed,

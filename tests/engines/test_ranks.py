@@ -23,9 +23,9 @@ def test_two_ranks_of_four_prompts_update_like_one_rank_of_eight_at_every_zero_s
         two = torch.load(tmp_path / f"2-{stage}.pt", weights_only=True)
         figures = json.loads((tmp_path / f"2-{stage}.json").read_text())
         torch.testing.assert_close(
-            two["actor"], one_actor, rtol=1e-5, atol=1e-6, msg=lambda m, s=stage: f"stage {s}: {m}"
+            two["actor"], one_actor, rtol=1e-5, atol=5e-6, msg=lambda m, s=stage: f"stage {s}: {m}"
         )
-        torch.testing.assert_close(two["critic"], one_critic, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(two["critic"], one_critic, rtol=1e-5, atol=5e-6)
         for name in FIGURES:
             assert figures[name] == pytest.approx(one_figures[name], rel=1e-4, abs=1e-6), (stage, name)
 
@@ -34,8 +34,8 @@ def test_two_ranks_of_four_prompts_update_like_one_rank_of_eight_at_every_zero_s
 def test_every_zero_stage_updates_alike_on_one_rank(stage: int) -> None:
     actor, critic, _ = two_ranks.update(stage=stage, world_size=1)
     expected_actor, expected_critic, _ = two_ranks.update(stage=1, world_size=1)
-    torch.testing.assert_close(actor, expected_actor, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(critic, expected_critic, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(actor, expected_actor, rtol=1e-5, atol=5e-6)
+    torch.testing.assert_close(critic, expected_critic, rtol=1e-5, atol=5e-6)
 
 
 @pytest.mark.parametrize("aggregation", ["token_mean", "seq_mean_token_mean", "seq_mean_token_sum_norm"])
@@ -54,3 +54,15 @@ def test_the_micro_batch_size_does_not_change_the_update(aggregation: str) -> No
 def test_ranks_may_stop_generating_at_different_lengths_under_zero_3(run_ranks: object, pin: bool) -> None:
     outputs = run_ranks(two_ranks.generate_ragged, 2, pin)
     assert ["drew 6" in outputs[0], "drew 15" in outputs[1]] == [True, True]
+
+
+def test_two_ranks_sample_the_responses_that_one_rank_samples_and_learn_the_same(
+    run_ranks: object, tmp_path: Path
+) -> None:
+    run_ranks(two_ranks.sample_in_ppo, 2, str(tmp_path), 2)
+    said, weights = two_ranks.sampled_in_ppo(1)
+    by_rank = [json.loads((tmp_path / f"responses-{rank}.json").read_text()) for rank in range(2)]
+    for step in range(2):
+        dealt = [by_rank[i % 2][step][i // 2] for i in range(two_ranks.ROWS)]
+        assert dealt == said[step]
+    torch.testing.assert_close(torch.load(tmp_path / "weights.pt", weights_only=True), weights, rtol=1e-4, atol=1e-5)

@@ -121,3 +121,32 @@ def _whole_state(module: torch.nn.Module) -> dict[str, Tensor]:
 
     with gathered(module):
         return {name: value.clone() for name, value in module.state_dict().items()}
+
+
+def sample_in_ppo(folder: str, world_size: int) -> None:
+    """Entry point of a rank: two PPO iterations on eight prompts, sampled by the engine; write what was said."""
+    responses, weights = sampled_in_ppo(world_size)
+    if torch.distributed.get_rank() == 0:
+        torch.save(weights, Path(folder) / "weights.pt")
+    (Path(folder) / f"responses-{torch.distributed.get_rank()}.json").write_text(json.dumps(responses))
+
+
+def sampled_in_ppo(world_size: int) -> tuple[list[list[list[int]]], Tensor]:
+    """This rank's responses of each iteration, and the actor's weights in the end."""
+    settings = PPOConfig(actor_lr=1e-3, critic_lr=1e-3, micro_batch_size=2, reward_clip=None)
+    module = PPOModule(tiny_policy(), reward, settings, RolloutConfig(max_new_tokens=9), build_tokenizer())
+    strategy = HybridDeepSpeedStrategy(stage=2)
+    trainer = quiet_trainer(strategy, devices=world_size, max_steps=2)
+    mine = [list(range(3, 5 + i)) for i in range(ROWS)][strategy.global_rank :: world_size]
+    batch = {"prompt_ids": mine, "prompts": [""] * len(mine)}
+    said: list[list[list[int]]] = []
+    sample = module.roll_out
+
+    def heard(*arguments: Any, **named: Any) -> Rollout:
+        rollout = sample(*arguments, **named)
+        said.append(rollout.responses)
+        return rollout
+
+    module.roll_out = heard  # type: ignore[method-assign]
+    trainer.fit(module, DataLoader([batch] * 2, batch_size=None))  # type: ignore[arg-type]
+    return said, weights_of(module.actor)
