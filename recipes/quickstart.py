@@ -120,7 +120,7 @@ def compare(
     before, after = load_policy(str(run.model.path)), load_policy(Path(run.output_dir) / "model")
     tokenizer = load_tokenizer(str(run.model.path))
     texts, ids = _heldout_prompts(run, before, tokenizer, count, seed)
-    backend = make_backend(run.rollout, [tokenizer.eos_token_id], tokenizer.pad_token_id or 0)
+    backend = make_backend(run.rollout, [tokenizer.eos_token_id], tokenizer.pad_token_id or 0, tokenizer)
     rollouts = [backend.generate(policy.model.eval(), ids, seed=seed) for policy in (before, after)]
     responses = [decode_responses(tokenizer, rollout) for rollout in rollouts]
     scores = [judge(texts, answers) for answers in responses]
