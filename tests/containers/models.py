@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from lightning_hybrid.containers import FAMILIES
+
 COMMON = {
     "vocab_size": 50,
     "hidden_size": 32,
@@ -69,6 +71,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "bloom": {},
     "bloom, six heads": {"num_attention_heads": 6, "hidden_size": 48},
 }
+
+
+# The first variant of each family.
+ONE_OF_EACH = [next(name for name in VARIANTS if name.split(",")[0] == kind) for kind in FAMILIES]
 
 
 def variant(name: str, dtype: torch.dtype = torch.float32, attention: str | None = None) -> Any:

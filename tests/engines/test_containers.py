@@ -8,18 +8,16 @@ from typing import Any
 import pytest
 import torch
 
-from lightning_hybrid.containers import FAMILIES
 from lightning_hybrid.errors import RolloutError
 from lightning_hybrid.generation import Rollout, SamplingParams
 from lightning_hybrid.models import Policy, load_policy
-from tests.containers.models import VARIANTS, variant
+from tests.containers.models import ONE_OF_EACH, variant
 from tests.engines.hybrids import hybrid, step, whole
 from tests.helpers import tiny_policy
 
 PROMPTS = [[5, 10, 20], [7, 8], [9], [4, 5, 6, 7, 8, 9, 10]]
 SAMPLED = SamplingParams(8, eos_ids=(3,), n=2, entropy=True)
 STAGES = [(0, True), (1, True), (2, True), (3, True), (3, False)]
-ONE_OF_EACH = [next(name for name in VARIANTS if name.split(",")[0] == kind) for kind in FAMILIES]
 
 pytestmark = pytest.mark.usefixtures("alone_in_group")
 

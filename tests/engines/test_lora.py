@@ -12,6 +12,7 @@ from lightning_hybrid.containers import Decoder
 from lightning_hybrid.errors import RolloutError
 from lightning_hybrid.generation import SamplingParams, generate
 from lightning_hybrid.models import Policy
+from tests.containers.models import ONE_OF_EACH, variant
 from tests.engines.hybrids import failing_at_the_third_call, hybrid, step, whole
 from tests.models.test_policy import family
 
@@ -63,6 +64,42 @@ def test_generation_equals_that_of_the_merged_model_after_every_step(name: str, 
         expected = generate(merged(policy, name), PROMPTS, GREEDY)
         assert rollout.responses == expected.responses
         torch.testing.assert_close(rollout.policy_logprobs, expected.policy_logprobs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("stage", "pin"), [(0, True), (1, True), (2, True), (3, True), (3, False)])
+@pytest.mark.parametrize("name", ONE_OF_EACH)
+def test_every_family_with_adapters_on_all_its_projections_is_as_in_training(name: str, stage: int, pin: bool) -> None:
+    policy = all_adapted(name)
+    engine = hybrid(policy, stage, pin_parameters=pin)
+    step(engine, policy)
+    assert difference_from_training(engine, policy).max() < 5e-5
+
+
+@pytest.mark.parametrize(("stage", "pin"), [(2, True), (3, True), (3, False)])
+@pytest.mark.parametrize("name", ONE_OF_EACH)
+def test_in_bf16_too_up_to_rounding(name: str, stage: int, pin: bool) -> None:
+    policy = all_adapted(name)
+    engine = hybrid(policy, stage, "bf16-true", pin_parameters=pin)
+    step(engine, policy)
+    assert difference_from_training(engine, policy).mean() < 0.05
+
+
+def all_adapted(name: str) -> Policy:
+    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", fan_in_fan_out=name.startswith("gpt2"))
+    model = peft.get_peft_model(variant(name), config)
+    torch.manual_seed(1)
+    for key, parameter in model.named_parameters():
+        if "lora_B" in key:
+            torch.nn.init.normal_(parameter, std=0.1)
+    return Policy(model)
+
+
+@torch.no_grad()
+def difference_from_training(engine: Any, policy: Policy) -> torch.Tensor:
+    engine.eval()
+    rollout = engine.sample(PROMPTS, SamplingParams(8, eos_ids=(3,), n=2), 0)
+    output = policy(rollout.tokens, rollout.attention_mask, rollout.response_mask)
+    return (rollout.policy_logprobs - output.logprobs).abs()[rollout.response_mask]
 
 
 @pytest.mark.parametrize("stage", [2, 3])

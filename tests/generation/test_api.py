@@ -107,9 +107,7 @@ def test_more_rows_than_memory_has_room_for_wait_their_turn(model: Any, monkeypa
 
 def test_memory_without_room_for_a_single_row_is_said(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "free_bytes", lambda device: 100)
-    with pytest.raises(
-        RolloutError, match=r"KV cache of one row of 32 tokens takes .* MiB of cpu may be used"
-    ):
+    with pytest.raises(RolloutError, match=r"KV cache of one row of 32 tokens takes .* MiB of cpu may be used"):
         lh.generate(model, PROMPTS, lh.SamplingParams(8))
 
 
