@@ -9,9 +9,8 @@ from lightning_hybrid.containers.cache import KVCache, rounded
 from lightning_hybrid.containers.decoder import Decoder
 from lightning_hybrid.containers.families import FAMILIES, Family
 from lightning_hybrid.containers.layout import lay_out, order_parameters, units
-from lightning_hybrid.containers.support import reason_without_container
+from lightning_hybrid.containers.support import reason_without_container, refuse_without_container
 from lightning_hybrid.containers.weights import Cut, InPlace, Shard, Weights
-from lightning_hybrid.errors import RolloutError
 from lightning_hybrid.models import base_of
 
 __all__ = [
@@ -30,6 +29,7 @@ __all__ = [
     "lay_out",
     "order_parameters",
     "reason_without_container",
+    "refuse_without_container",
     "rounded",
     "units",
 ]
@@ -47,8 +47,6 @@ def bind(model: Any, positions: int, weights: Weights | None = None, shard: Shar
     Raises:
         RolloutError: if there is no container for it; :func:`reason_without_container` says so beforehand.
     """
-    reason = reason_without_container(model, positions)
-    if reason is not None:
-        raise RolloutError(f"{type(base_of(model)).__name__} has no inference container: {reason}")
+    refuse_without_container(model, positions)
     base = base_of(model)
     return Decoder(base, FAMILIES[base.config.model_type], positions, weights, shard)

@@ -69,10 +69,14 @@ class Prefill:
         self.cache.values(layer)[slot, :, self.column] = value
         q, k, v = (self._padded(x) for x in (query, key, value))
         scores = self.scores[layer]
-        if scores.softcap is None and self._bias(scores) is None:
+        bias = self._bias(scores)
+        if scores.softcap is not None:
+            out = self._soft_capped(q, k, v, scores.scale, scores.softcap, bias)
+        elif bias is None:
             out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scores.scale, enable_gqa=True)
         else:
-            out = self._explicit(q, k, v, scores)
+            bias = bias.to(q.dtype).masked_fill(self._future, -torch.inf)[None]
+            out = F.scaled_dot_product_attention(q, k, v, bias, scale=scores.scale, enable_gqa=True)
         return out.transpose(1, 2)[self.row, self.column]
 
     def _padded(self, x: Tensor) -> Tensor:
@@ -96,17 +100,18 @@ class Prefill:
     def _index(self) -> Tensor:
         return torch.arange(self.width, device=self.slots.device)
 
-    def _explicit(self, q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> Tensor:
+    @cached_property
+    def _future(self) -> Tensor:
+        """True where a key comes after the query, ``[width, width]``."""
+        return self._index[:, None] < self._index
+
+    def _soft_capped(self, q: Tensor, k: Tensor, v: Tensor, scale: float, cap: float, bias: Tensor | None) -> Tensor:
         groups = q.shape[1] // k.shape[1]
         k, v = (x.repeat_interleave(groups, 1) for x in (k, v))
-        products = q @ k.transpose(-1, -2) * scores.scale
-        if scores.softcap is not None:
-            products = torch.tanh(products / scores.softcap) * scores.softcap
-        bias = self._bias(scores)
+        products = torch.tanh(q @ k.transpose(-1, -2) * scale / cap) * cap
         if bias is not None:
             products = products + bias.to(products.dtype)
-        future = self._index[:, None] < self._index
-        return products.masked_fill(future, -torch.inf).softmax(-1, torch.float32).to(v.dtype) @ v
+        return products.masked_fill(self._future, -torch.inf).softmax(-1, torch.float32).to(v.dtype) @ v
 
 
 def make_decode(cache: KVCache, scores: list[Scores], lengths: Tensor, known: list[int]) -> KernelDecode | Decode:

@@ -53,7 +53,8 @@ class KVCache:
 
     def copy(self, source: Tensor, target: Tensor, upto: int) -> None:
         """Copy the first ``upto`` positions of slots ``source`` to slots ``target`` (both long ``[n]``, disjoint)."""
-        self.data[:, :, target, :, :upto] = self.data[:, :, source, :, :upto]
+        for layer in self.data:  # one after another: what is copied exists twice for a moment
+            layer[:, target, :, :upto] = layer[:, source, :, :upto]
 
 
 def rounded(length: int) -> int:

@@ -258,7 +258,9 @@ def _attend(
             # tanh(x) = 2 sigmoid(2x) - 1
             score = SOFTCAP * (2.0 * tl.sigmoid(score * (2.0 / SOFTCAP)) - 1.0)
         if slopes is not None:
-            score += slope[:, None] * position[None, :]
+            # Rounded as the training forward rounds it.
+            bias = (slope[:, None] * position[None, :]).to(keys.dtype.element_ty)
+            score += bias.to(tl.float32)
         score = tl.where(live[None, :], score, float("-inf"))
         # Every block has a live position: the maximum is finite, and exp meets no inf - inf.
         new_largest = tl.maximum(largest, tl.max(score, 1))

@@ -68,7 +68,7 @@ class Decoder:
         self.final_norm = norm_of(find(self.trunk, family.final_norm), self.weights, last, family.unit_offset)
         self.head_rows = int(getattr(head, "out_features", self.vocabulary))
         rows = self.shard.bounds(self.head_rows) if self.shard.size > 1 else None
-        self.head = Projection([part_of(head, self.weights, last, rows)], fuse=self.weights.scratch)
+        self.head = Projection([part_of(head, self.weights, last, rows)])
 
     def _optional(self, module: nn.Module | None, unit: int) -> Projection | None:
         return None if module is None else Projection([part_of(module, self.weights, unit)])

@@ -65,11 +65,11 @@ class Layer:
         self.activation = getattr(activation, "forward", activation)
         self._binding = (weights, index + 1)
         attention = find(layer, family.attention)
-        self.qkv = Projection(self._qkv_parts(attention, shard), fuse=weights.scratch)
+        self.qkv = Projection(self._qkv_parts(attention, shard))
         self.attention_out = self._back(find(attention, family.attention_out), shard, self.heads.dim)
         self.q_norm = norm_of(find(attention, family.q_norm), weights, index + 1, family.unit_offset)
         self.k_norm = norm_of(find(attention, family.k_norm), weights, index + 1, family.unit_offset)
-        self.mlp_in = Projection(self._mlp_parts(layer, shard), fuse=weights.scratch)
+        self.mlp_in = Projection(self._mlp_parts(layer, shard))
         self.mlp_out = self._back(find(layer, family.mlp_out), shard, 1)
         self._bind_norms(layer, family.norms_of(config))
 
@@ -152,7 +152,7 @@ class Layer:
         """A projection back to the model's width, of which a rank holds the columns that its share feeds."""
         weights, unit = self._binding
         columns = _scaled(shard.bounds(in_features(module) // grain), grain) if shard.size > 1 else None
-        return Projection([part_of(module, weights, unit, None, columns)], shard, fuse=weights.scratch)
+        return Projection([part_of(module, weights, unit, None, columns)], shard)
 
     def _bind_norms(self, layer: nn.Module, norms: Norms) -> None:
         def bound(path: str | None) -> Norm:

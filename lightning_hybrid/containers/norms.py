@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lightning_hybrid.containers.projection import trained
 from lightning_hybrid.containers.weights import Weights
 
 Norm = Callable[[Tensor], Tensor]
@@ -18,6 +19,7 @@ def norm_of(module: nn.Module | None, weights: Weights, unit: int, unit_offset: 
     """The inference view of a norm; without a module, a norm that leaves its input alone."""
     if module is None:
         return _leave
+    module = trained(module)
     if isinstance(module, nn.LayerNorm):
         return LayerNorm(module, weights, unit)
     return OffsetRMSNorm(module, weights, unit) if unit_offset else RMSNorm(module, weights, unit)

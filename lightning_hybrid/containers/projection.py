@@ -109,16 +109,16 @@ class Projection:
     """``x → x Wᵀ + b`` for one or several parts at once.
 
     Parts that lie side by side in memory are one product; where they do not, each is a product of its own. Nothing is
-    ever copied to make them so.
+    ever copied to make them so. Adapters are products of their own too, as in training: added into weights of 16 bits,
+    small ones would vanish.
 
     Args:
         parts: in the order of their outputs.
         shard: add up the products of the group's ranks, each of which holds some input columns.
-        fuse: write the adapters into the weights, which are scratch copies.
     """
 
-    def __init__(self, parts: Sequence[Part], shard: Shard | None = None, fuse: bool = False) -> None:
-        self.parts = [_fused(part) for part in parts] if fuse else list(parts)
+    def __init__(self, parts: Sequence[Part], shard: Shard | None = None) -> None:
+        self.parts = list(parts)
         self.shard = shard or Shard()
         self.weight = adjacent([part.weight for part in self.parts])
         biases = [part.bias for part in self.parts if part.bias is not None]
@@ -158,12 +158,6 @@ class Projection:
             added = F.linear(F.linear(x.to(adapter.down.dtype), adapter.down), adapter.up) * adapter.scale
             out[..., rows] += added.to(out.dtype)
         return out
-
-
-def _fused(part: Part) -> Part:
-    for adapter in part.adapters:
-        part.weight.addmm_(adapter.up.to(part.weight.dtype), adapter.down.to(part.weight.dtype), alpha=adapter.scale)
-    return Part(part.weight, part.bias)
 
 
 def adjacent(tensors: Sequence[Tensor]) -> Tensor | None:

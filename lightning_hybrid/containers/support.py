@@ -6,6 +6,7 @@ from typing import Any
 
 from lightning_hybrid.containers.families import FAMILIES
 from lightning_hybrid.containers.layer import find
+from lightning_hybrid.errors import RolloutError
 from lightning_hybrid.models import base_of
 
 
@@ -19,6 +20,17 @@ def reason_without_container(model: Any, positions: int) -> str | None:
     if not hasattr(base, "get_output_embeddings") or base.get_output_embeddings() is None:
         return "it has no language-modelling head"
     return family.unsupported(config) or _rotary_reason(config, positions) or _adapter_reason(model)
+
+
+def refuse_without_container(model: Any, positions: int) -> None:
+    """Raise where no container can run ``model`` over ``positions`` positions.
+
+    Raises:
+        RolloutError: with the reason.
+    """
+    reason = reason_without_container(model, positions)
+    if reason is not None:
+        raise RolloutError(f"{type(base_of(model)).__name__} has no inference container: {reason}")
 
 
 def _rotary_reason(config: Any, positions: int) -> str | None:

@@ -25,11 +25,11 @@ class Weights(Protocol):
     """Parameters' values, by unit: 0 is the embedding, 1 to ``layers`` a layer each, the last the norm and the head.
 
     Attributes:
-        scratch: the values are copies that generation may overwrite, so that LoRA may be fused into them.
+        lasting: the values stay at their addresses from call to call.
         steady: all values stay readable for the whole call; :meth:`fetch` does nothing.
     """
 
-    scratch: bool
+    lasting: bool
     steady: bool
 
     def of(self, parameter: nn.Parameter, unit: int, cut: Cut | None = None) -> Tensor:
@@ -44,7 +44,7 @@ class Weights(Protocol):
 class InPlace:
     """Values where the optimizer updates them: nothing is copied, nothing to fetch."""
 
-    scratch = False
+    lasting = True
     steady = True
 
     def of(self, parameter: nn.Parameter, unit: int, cut: Cut | None = None) -> Tensor:

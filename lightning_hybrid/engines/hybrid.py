@@ -9,14 +9,22 @@ from typing import Any
 
 import torch
 from deepspeed import DeepSpeedEngine
-from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.hybrid_engine import DeepSpeedHybridEngine
 from torch import Tensor
 
-from lightning_hybrid.containers import Decoder, InPlace, Shard, Weights, bind, reason_without_container
+from lightning_hybrid.containers import (
+    Decoder,
+    InPlace,
+    Shard,
+    Weights,
+    bind,
+    reason_without_container,
+    refuse_without_container,
+)
 from lightning_hybrid.engines.build import causal_lm_in
 from lightning_hybrid.engines.clock import PhaseClock
 from lightning_hybrid.engines.gather import gathered, hooks_lifted
+from lightning_hybrid.engines.lockstep import AnotherRankFailedError, LockStep, least
 from lightning_hybrid.engines.tensor_parallel import GroupPrompts, gather_prompts, tensor_parallel_shard
 from lightning_hybrid.engines.weights import Gathered, LayerByLayer, Sliced
 from lightning_hybrid.errors import RolloutError
@@ -25,10 +33,11 @@ from lightning_hybrid.generation import (
     SamplingParams,
     StopTexts,
     Workspace,
+    capacity_of,
     check_prompts,
     end_ids,
-    make_workspace,
     sample_with,
+    slots_for,
     warn_without_container,
 )
 from lightning_hybrid.models import base_of, max_positions
@@ -59,6 +68,7 @@ class HybridEngine(DeepSpeedHybridEngine):  # type: ignore[misc]
         self.extra_weight_bytes = 0
         self._workspace: Workspace | None = None
         self._shard = tensor_parallel_shard(hybrid.inference_tp_size) if hybrid.inference_tp_size > 1 else Shard()
+        self._lockstep = LockStep(self.Z3_enabled or self._shard.size > 1)
 
     @property
     def causal_lm(self) -> Any:
@@ -113,10 +123,8 @@ class HybridEngine(DeepSpeedHybridEngine):  # type: ignore[misc]
                 engine is then back in training mode, its memory given back.
         """
         with self._trainable_if_it_fails():
-            self._refuse_to_generate()
-            stop = StopTexts(sampling.stop, tokenizer)
-            together = gather_prompts(prompts, indices, seed, sampling, self._shard)
-            self._check(together.prompts, sampling)
+            stop = self._lockstep.all(lambda: self._checked(prompts, sampling, tokenizer))
+            together = self._lockstep.all(lambda: gather_prompts(prompts, indices, seed, sampling, self._shard))
             rollout = self._sample(together, sampling, seed, stop, max_tokens_in_flight)
         return rollout.rows(together.begin * sampling.n, together.end * sampling.n)
 
@@ -124,22 +132,38 @@ class HybridEngine(DeepSpeedHybridEngine):  # type: ignore[misc]
         self, together: GroupPrompts, sampling: SamplingParams, seed: int, stop: StopTexts, budget: int | None
     ) -> Rollout:
         begin = time.perf_counter()
-        decoder = self._bound(max(map(len, together.prompts)) + sampling.max_new_tokens)
+        decoder = self._bound()
         bound = time.perf_counter()
-        self._workspace = make_workspace(decoder, together.prompts, sampling, budget, self._workspace)
-        rollout = sample_with(
-            decoder,
-            together.prompts,
-            sampling,
-            end_ids(self.causal_lm, sampling),
-            seed,
-            stop,
-            workspace=self._workspace,
-            indices=together.indices,
-            any_rank=bool if decoder.weights.steady else any_rank,
-        )
-        self.timings.add_generation(together.end - together.begin, bound - begin, time.perf_counter() - bound)
+        workspace = self._fitting_workspace(decoder, together.prompts, sampling, budget)
+        eos_ids = end_ids(self.causal_lm, sampling)
+        any_rank = bool if decoder.weights.steady else self._lockstep.any
+        try:
+            rollout = sample_with(
+                decoder, workspace, together.prompts, sampling, eos_ids, seed, stop, together.indices, any_rank
+            )
+        except AnotherRankFailedError:
+            raise
+        except Exception:
+            if not decoder.weights.steady:
+                self._lockstep.failed()
+            raise
+        responses = (together.end - together.begin) * sampling.n
+        self.timings.add_generation(responses, bound - begin, time.perf_counter() - bound)
         return rollout
+
+    def _fitting_workspace(
+        self, decoder: Decoder, prompts: Sequence[Sequence[int]], sampling: SamplingParams, budget: int | None
+    ) -> Workspace:
+        """The last rollout's workspace where it serves, else a new one; alike on ranks that share a model."""
+        capacity = capacity_of(max(map(len, prompts)), sampling.max_new_tokens)
+        held = 0 if self._workspace is None else self._workspace.cache.data.nbytes
+        rows = len(prompts) * sampling.n
+        slots = self._lockstep.all(lambda: slots_for(decoder, capacity, rows, budget, held))
+        slots = least(slots, self._shard)
+        if self._workspace is None or not self._workspace.fits(decoder, slots, capacity, budget):
+            self._workspace = None  # before there is another
+            self._workspace = self._lockstep.all(lambda: Workspace(decoder, slots, capacity))
+        return self._workspace
 
     @contextmanager
     def _trainable_if_it_fails(self) -> Iterator[None]:
@@ -171,12 +195,13 @@ class HybridEngine(DeepSpeedHybridEngine):  # type: ignore[misc]
 
         with self._trainable_if_it_fails():
             self._refuse_to_generate()
-            reason = reason_without_container(self.causal_lm, 1)
+            reason = self.reason_without_container()
             if reason is not None:
                 warn_without_container(self.causal_lm, reason)
                 return self.generate_with_model(input_ids, **kwargs)
-            request = read_arguments(self.causal_lm, input_ids, kwargs)
-            seed = int(torch.randint(2**62, ()))
+            request = self._lockstep.all(lambda: read_arguments(self.causal_lm, input_ids, kwargs))
+            # Ranks that share a model draw with one seed: the one of the first.
+            seed = least(int(torch.randint(2**62, ())), self._shard)
             indices = [torch.distributed.get_rank() << 32 | row for row in range(len(request.prompts))]
             rollout = self.sample(request.prompts, request.sampling, seed, indices, tokenizer=request.tokenizer)
             return as_sequences(request, rollout)
@@ -187,14 +212,31 @@ class HybridEngine(DeepSpeedHybridEngine):  # type: ignore[misc]
         Raises:
             RolloutError: if the engine is in training mode, or the model cannot generate.
         """
-        model = self.causal_lm
-        self._refuse_to_generate()
         begin = time.perf_counter()
-        with torch.no_grad(), self._weights_for_model(kwargs):
-            gathered_at = time.perf_counter()
-            output: Tensor = model.generate(input_ids, **kwargs)
+        with self._trainable_if_it_fails():
+            self._refuse_to_generate()
+            with torch.no_grad(), self._weights_for_model(kwargs):
+                gathered_at = time.perf_counter()
+                output: Tensor = self.causal_lm.generate(input_ids, **kwargs)
         self.timings.add_generation(len(output), gathered_at - begin, time.perf_counter() - gathered_at)
         return output
+
+    def reason_without_container(self) -> str | None:
+        """Why no container can run the model over the positions it may be asked for; the same on all ranks."""
+        return reason_without_container(self.causal_lm, self._positions)
+
+    @property
+    def _positions(self) -> int:
+        """Tokens that a prompt and its response may have together."""
+        asked = int(self._config.hybrid_engine.max_out_tokens)
+        return min(asked, max_positions(base_of(self.causal_lm).config) or asked)
+
+    def _checked(self, prompts: Sequence[Sequence[int]], sampling: SamplingParams, tokenizer: Any) -> StopTexts:
+        """Refuse what this rank was given that cannot be done, before any rank depends on it."""
+        self._refuse_to_generate()
+        refuse_without_container(self.causal_lm, self._positions)
+        self._check(prompts, sampling)
+        return StopTexts(sampling.stop, tokenizer)
 
     def _refuse_to_generate(self) -> None:
         if not hasattr(self.causal_lm, "generate"):
@@ -204,26 +246,25 @@ class HybridEngine(DeepSpeedHybridEngine):  # type: ignore[misc]
             raise RolloutError("the engine is in training mode: call engine.eval() before generate()")
 
     def _check(self, prompts: Sequence[Sequence[int]], sampling: SamplingParams) -> None:
-        """Refuse prompts that do not fit, of all ranks that generate together."""
-        model_limit = max_positions(base_of(self.causal_lm).config)
-        cache_limit = self._config.hybrid_engine.max_out_tokens
-        if model_limit is not None and model_limit <= cache_limit:
-            check_prompts(prompts, sampling, model_limit, "the model's", "positions")
-        else:
-            check_prompts(prompts, sampling, cache_limit, "hybrid_engine.max_out_tokens =", "tokens")
+        """Refuse prompts that do not fit."""
+        base, asked = base_of(self.causal_lm), self._config.hybrid_engine.max_out_tokens
+        of_model = max_positions(base.config) == self._positions
+        whose, what = ("the model's", "positions") if of_model else ("hybrid_engine.max_out_tokens =", "tokens")
+        vocabulary = base.get_input_embeddings().num_embeddings
+        check_prompts(prompts, sampling, self._positions if of_model else asked, whose, what, vocabulary)
 
-    def _bound(self, positions: int) -> Decoder:
-        """The containers, reading the weights where they are, gathered, or cut."""
+    def _bound(self) -> Decoder:
+        """The containers, reading the weights where they are, gathered, or cut.
+
+        For all positions that may ever be asked for: captured steps hold on to the rotary tables.
+        """
         model, config = self.causal_lm, self._config.hybrid_engine
-        # For all lengths that may come: captured steps hold on to the rotary tables.
-        most = min(config.max_out_tokens, max_positions(base_of(model).config) or config.max_out_tokens)
-        positions = positions if reason_without_container(model, most) else max(most, positions)
         weights: Weights = InPlace()
         if self.Z3_enabled and self._shard.size > 1:
             weights = Sliced(model, self.device, config.tp_gather_partition_size)
         elif self.Z3_enabled:
             weights = Gathered(model, self.device) if self.gather_all_layers else LayerByLayer(model, self.device)
-        decoder = bind(model, positions, weights, self._shard)
+        decoder = bind(model, self._positions, weights, self._shard)
         if isinstance(weights, Sliced):
             weights.fill()
         self.extra_weight_bytes = getattr(weights, "bytes", 0)
@@ -247,10 +288,3 @@ class HybridEngine(DeepSpeedHybridEngine):  # type: ignore[misc]
             finally:
                 start.remove()
                 self.optimizer.parameter_offload.partition_all_parameters()
-
-
-def any_rank(working: bool) -> bool:
-    """Whether any rank still has work."""
-    flag = torch.tensor(int(working), device=get_accelerator().current_device_name())
-    torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
-    return bool(flag)

@@ -54,7 +54,8 @@ def gather_prompts(
     """Collect the prompts of a group; without a group, this rank's own.
 
     Raises:
-        StrategyError: if the ranks' seeds or sampling differ, so that they would draw different tokens for a row.
+        StrategyError: if the ranks' seeds or sampling differ, so that they would draw different tokens for a row; if
+            there is not one index for each prompt.
     """
     given = None if indices is None else list(indices)
     own = ([list(prompt) for prompt in prompts], given, (seed, sampling))
@@ -68,6 +69,10 @@ def gather_prompts(
         raise StrategyError(f"ranks that share a model must draw in one way, these have: {said}")
     together = [prompt for theirs, _, _ in held for prompt in theirs]
     begin = sum(len(theirs) for theirs, _, _ in held[: shard.rank])
-    known = [index for _, theirs, _ in held for index in theirs or ()]
-    names = known if len(known) == len(together) else list(range(len(together)))
+    if all(theirs is None for _, theirs, _ in held):
+        names = list(range(len(together)))
+    else:
+        names = [index for _, theirs, _ in held for index in theirs or ()]
+    if len(names) != len(together):
+        raise StrategyError(f"{len(together)} prompts came with {len(names)} indices: give one for each, on every rank")
     return GroupPrompts(together, names, begin, begin + len(prompts))

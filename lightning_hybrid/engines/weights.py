@@ -23,7 +23,7 @@ class Gathered:
         bytes: held beyond the shards.
     """
 
-    scratch, steady = True, True
+    lasting, steady = False, True
 
     def __init__(self, model: Any, device: torch.device) -> None:
         order = list({id(p): p for unit in units(model) for p in unit}.values())
@@ -51,7 +51,7 @@ class LayerByLayer:
         bytes: held beyond the shards.
     """
 
-    scratch, steady = False, False
+    lasting, steady = False, False
 
     def __init__(self, model: Any, device: torch.device) -> None:
         self._units = units(model)
@@ -81,7 +81,7 @@ class Sliced:
         bytes: held beyond the shards, the gathering at its height included.
     """
 
-    scratch, steady = False, True
+    lasting, steady = False, True
 
     def __init__(self, model: Any, device: torch.device, together: int) -> None:
         self._units = units(model)

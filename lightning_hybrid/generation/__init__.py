@@ -4,12 +4,12 @@ from lightning_hybrid.generation.api import (
     check_prompts,
     end_ids,
     generate,
-    make_workspace,
     sample_with,
     warn_without_container,
 )
 from lightning_hybrid.generation.carrier import Rollout, pad_left
 from lightning_hybrid.generation.draw import Sampler
+from lightning_hybrid.generation.memory import capacity_of, slots_for
 from lightning_hybrid.generation.sampling import SamplingParams
 from lightning_hybrid.generation.stopping import StopTexts
 from lightning_hybrid.generation.workspace import Workspace
@@ -20,11 +20,12 @@ __all__ = [
     "SamplingParams",
     "StopTexts",
     "Workspace",
+    "capacity_of",
     "check_prompts",
     "end_ids",
     "generate",
-    "make_workspace",
     "pad_left",
     "sample_with",
+    "slots_for",
     "warn_without_container",
 ]

@@ -31,8 +31,8 @@ def generate(
 ) -> Rollout:
     """Sample responses from a Hugging Face causal LM with the containers' decode loop.
 
-    A response depends on the weights, ``seed``, its prompt's position in ``prompts`` and its sample's number, and on
-    nothing else: not on how many others are generated with it.
+    A response depends on the weights, ``seed``, its prompt's position in ``prompts`` and its sample's number, and not
+    on how many others are generated with it: on a CPU to the last bit, on a GPU up to the rounding of its products.
 
     Args:
         model: a causal LM of a family that has a container, with peft's LoRA adapters or without. Its q, k, v (and
@@ -57,52 +57,36 @@ def generate(
         rollout = generate(model, [[1, 5, 6]], SamplingParams(max_new_tokens=16, n=4))
         rollout.responses  # four lists of token ids
     """
-    check_prompts(prompts, sampling, max_positions(base_of(model).config))
+    base = base_of(model)
+    vocabulary = base.get_input_embeddings().num_embeddings
+    check_prompts(prompts, sampling, max_positions(base.config), vocabulary=vocabulary)
     stop = StopTexts(sampling.stop, tokenizer)
     longest = max(len(prompt) for prompt in prompts)
     lay_out(model)
     with evaluating(model):
         decoder = bind(model, longest + sampling.max_new_tokens)
-        return sample_with(
-            decoder, prompts, sampling, end_ids(model, sampling), seed, stop, max_tokens_in_flight, indices=indices
-        )
+        capacity = capacity_of(longest, sampling.max_new_tokens)
+        slots = slots_for(decoder, capacity, len(prompts) * sampling.n, max_tokens_in_flight)
+        workspace = Workspace(decoder, slots, capacity)
+        return sample_with(decoder, workspace, prompts, sampling, end_ids(model, sampling), seed, stop, indices)
 
 
 def sample_with(
     decoder: Decoder,
+    workspace: Workspace,
     prompts: Sequence[Sequence[int]],
     sampling: SamplingParams,
     eos_ids: Sequence[int],
     seed: int,
     stop: StopTexts,
-    max_tokens_in_flight: int | None = None,
-    workspace: Workspace | None = None,
     indices: Sequence[int] | None = None,
     any_rank: Callable[[bool], bool] = bool,
 ) -> Rollout:
-    """Run the decode loop, in ``workspace`` or one made for the call."""
+    """Run the decode loop; arguments are those of :class:`~lightning_hybrid.generation.loop.Generation`."""
     eos_ids = [token for token in eos_ids if 0 <= token < decoder.head_rows]
-    if workspace is None:
-        workspace = make_workspace(decoder, prompts, sampling, max_tokens_in_flight)
-    with torch.inference_mode():
+    with torch.inference_mode(), torch.autocast(decoder.device.type, enabled=False):
         rollout = Generation(decoder, workspace, prompts, sampling, eos_ids, seed, indices, stop, any_rank).run()
     return rollout.usable_in_training()
-
-
-def make_workspace(
-    decoder: Decoder,
-    prompts: Sequence[Sequence[int]],
-    sampling: SamplingParams,
-    max_tokens_in_flight: int | None = None,
-    before: Workspace | None = None,
-) -> Workspace:
-    """A workspace for these prompts; the one of ``before`` where it serves."""
-    capacity = capacity_of(max(len(prompt) for prompt in prompts), sampling.max_new_tokens)
-    held = 0 if before is None else before.cache.data.nbytes
-    slots = slots_for(decoder, capacity, len(prompts) * sampling.n, max_tokens_in_flight, held)
-    if before is not None and before.fits(decoder, slots, capacity):
-        return before
-    return Workspace(decoder, slots, capacity)
 
 
 def check_prompts(
@@ -111,6 +95,7 @@ def check_prompts(
     limit: int | None,
     whose: str = "the model's",
     what: str = "positions",
+    vocabulary: int | None = None,
 ) -> None:
     """Refuse prompts that cannot be generated from, naming the first.
 
@@ -120,9 +105,10 @@ def check_prompts(
         limit: tokens that a prompt and its response may have together, None for no limit.
         whose: limit it is, for the message.
         what: it counts, for the message.
+        vocabulary: rows of the embedding; None leaves token ids unchecked.
 
     Raises:
-        RolloutError: for no prompts, an empty prompt, or one that leaves no room for a response.
+        RolloutError: for no prompts, an empty prompt, one that leaves no room for a response, or an unknown token id.
     """
     if not len(prompts):
         raise RolloutError("there are no prompts: give at least one")
@@ -133,6 +119,12 @@ def check_prompts(
             raise RolloutError(
                 f"prompt {row} has {len(prompt)} tokens; with max_new_tokens={sampling.max_new_tokens} that is "
                 f"more than {whose} {limit} {what}: shorten the prompt or lower max_new_tokens"
+            )
+        if vocabulary is not None and not 0 <= min(prompt) <= max(prompt) < vocabulary:
+            wrong = next(token for token in prompt if not 0 <= token < vocabulary)
+            raise RolloutError(
+                f"prompt {row} has the token id {wrong}; the model's embedding has rows 0 to {vocabulary - 1}: "
+                "is it of another tokenizer?"
             )
 
 

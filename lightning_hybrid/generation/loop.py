@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from lightning_hybrid.containers import Decoder, Prefill
+from lightning_hybrid.containers import Decoder, Prefill, rounded
 from lightning_hybrid.containers.transfer import sent
 from lightning_hybrid.errors import RolloutError
 from lightning_hybrid.generation.assemble import assemble
@@ -25,7 +25,7 @@ from lightning_hybrid.generation.slots import ALIVE, EOS, LENGTH, NOT_FINITE
 from lightning_hybrid.generation.stopping import StopTexts
 from lightning_hybrid.generation.workspace import Workspace
 
-# Prompt tokens read in one pass, unless a single prompt has more.
+# Prompt tokens read in one pass, padded to the longest as attention has them, unless a single prompt has more.
 PREFILL_TOKENS = 8192
 REASONS = {ALIVE: "", EOS: "eos", LENGTH: "length"}
 
@@ -85,10 +85,10 @@ class Generation:
         self.decoder, self.sampling, self.prompts = decoder, sampling, prompts
         self.stop = stop or StopTexts((), None)
         self.any_rank = any_rank
-        indices = range(len(prompts)) if indices is None else indices
+        names = range(len(prompts)) if indices is None else indices
         self.responses = [
-            Response(i, i * sampling.n + sample, stream_key(seed, index, sample), len(prompts[i]))
-            for i, index in enumerate(indices)
+            Response(i, i * sampling.n + sample, stream_key(seed, name, sample), len(prompt))
+            for i, (prompt, name) in enumerate(zip(prompts, names, strict=True))
             for sample in range(sampling.n)
         ]
         self.waiting = deque(self.responses)
@@ -152,11 +152,12 @@ class Generation:
 
     def _next_groups(self) -> Iterator[list[Response]]:
         """Waiting responses, those of one prompt together, as far as slots and the size of a pass allow."""
-        free, tokens = self.cache.slots - len(self.live), 0
+        free, count, longest = self.cache.slots - len(self.live), 0, 0
         while self.waiting and free > 0:
             prompt = self.waiting[0].prompt
-            tokens += len(self.prompts[prompt])
-            if tokens > PREFILL_TOKENS and tokens > len(self.prompts[prompt]):
+            longest = max(longest, rounded(len(self.prompts[prompt])))
+            count += 1
+            if count > 1 and count * longest > PREFILL_TOKENS:
                 return
             group: list[Response] = []
             while self.waiting and self.waiting[0].prompt == prompt and len(group) < free:

@@ -33,7 +33,7 @@ def slots_for(decoder: Decoder, capacity: int, rows: int, max_tokens_in_flight: 
                 "(longest prompt and max_new_tokens): raise it, or lower max_new_tokens"
             )
         return min(rows, max_tokens_in_flight // capacity)
-    needed, free = decoder.bytes_per_slot(capacity), free_bytes(decoder.device) + held
+    needed, free = decoder.bytes_per_slot(capacity), free_bytes(decoder.device, held)
     if needed > free:
         raise RolloutError(
             f"the KV cache of one row of {capacity} tokens takes {needed / 2**20:.0f} MiB, and {free / 2**20:.0f} MiB "
@@ -43,15 +43,17 @@ def slots_for(decoder: Decoder, capacity: int, rows: int, max_tokens_in_flight: 
     return min(rows, most, int(free // needed))
 
 
-def free_bytes(device: torch.device) -> int:
-    """Memory that a KV cache may take."""
+def free_bytes(device: torch.device, held: int = 0) -> int:
+    """Memory that a KV cache may take, ``held`` bytes of which are in use until it comes."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         reserved = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return int((free + reserved) * CUDA_SHARE)
+        return int((free + reserved + held) * CUDA_SHARE)
     import psutil
 
-    return int(psutil.virtual_memory().available * CPU_SHARE)
+    # Ranks on one machine share its memory; those on others are counted too, to be on the safe side.
+    ranks = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+    return int((psutil.virtual_memory().available / ranks + held) * CPU_SHARE)
 
 
 def capacity_of(longest_prompt: int, max_new_tokens: int) -> int:

@@ -47,6 +47,8 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
+        if self.eos_ids is not None:
+            object.__setattr__(self, "eos_ids", tuple(self.eos_ids))
         broken = [(name, allowed) for name, right, allowed in self._rules() if not right]
         wrong = [f"{name} is {getattr(self, name)!r}: must be {allowed}" for name, allowed in broken]
         if wrong:

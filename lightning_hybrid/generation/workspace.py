@@ -35,11 +35,14 @@ class Workspace:
         self._seen: Tensor | None = None
         self._kept: dict[Way, GraphSteps] = {}
 
-    def fits(self, decoder: Decoder, slots: int, capacity: int) -> bool:
-        """Whether it serves a call of this size as well as a new one would."""
-        data = self.cache.data
-        same = data.device == decoder.device and data.dtype == decoder.dtype
-        return same and self.cache.slots >= slots and capacity <= self.cache.capacity <= 2 * capacity
+    def fits(self, decoder: Decoder, slots: int, capacity: int, budget: int | None = None) -> bool:
+        """Whether it serves a call of this size as well as a new one would, within a budget of tokens."""
+        cache, data = self.cache, self.cache.data
+        if data.device != decoder.device or data.dtype != decoder.dtype:
+            return False
+        if budget is not None and cache.slots * cache.capacity > budget:
+            return False
+        return cache.slots >= slots and capacity <= cache.capacity <= 2 * capacity
 
     def steps(self, decoder: Decoder, sampling: SamplingParams, eos_ids: Sequence[int], rows: int) -> Steps:
         """Decode steps into results for ``rows`` responses, from graphs where the device has them.
@@ -49,7 +52,7 @@ class Workspace:
         """
         if not graphs_serve(decoder):
             return PlainSteps(self._step(decoder, sampling, eos_ids, rows))
-        if decoder.weights.scratch:
+        if not decoder.weights.lasting:
             # The weights are copies made for this call: graphs that pointed to them would keep them in memory.
             return GraphSteps(self._step(decoder, sampling, eos_ids, rows), Studio(decoder.device))
         key = (sampling, tuple(eos_ids))

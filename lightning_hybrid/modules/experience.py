@@ -65,7 +65,7 @@ def micro_batches(mask: Tensor, micro_batch_size: int) -> Iterator[Tensor]:
     first = torch.where(mask, time, mask.shape[1]).amin(1)
     last = torch.where(mask, time, -1).amax(1)
     order = torch.argsort(last * (mask.shape[1] + 1) - first, stable=True)
-    yield from order.split(micro_batch_size)
+    yield from order.cpu().split(micro_batch_size)  # it indexes rows chosen on the host
 
 
 def minibatches(size: int, minibatch_size: int, generator: torch.Generator) -> list[Tensor]:

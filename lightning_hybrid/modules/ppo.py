@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lightning_hybrid.config import PPOConfig, RolloutConfig
-from lightning_hybrid.errors import ConfigError
+from lightning_hybrid.errors import ConfigError, LightningHybridError, RewardError, RolloutError
 from lightning_hybrid.models import Policy, ScalarModel, disable_dropout, end_of_text_ids, max_positions
 from lightning_hybrid.modules import roles
 from lightning_hybrid.modules.experience import Experience, state_values
@@ -183,7 +183,11 @@ class PPOModule(L.LightningModule):
         seed = hash((self.seed, self.global_step, stream)) % 2**63
         # As the sampler dealt them out: what a prompt gets does not depend on how many ranks there are.
         indices = [i * self.trainer.world_size + self.global_rank for i in range(len(prompt_ids))]
-        return self.backend.generate(engine, prompt_ids, seed=seed, greedy=greedy, indices=indices)
+        return _on_every_rank(
+            lambda: self.backend.generate(engine, prompt_ids, seed=seed, greedy=greedy, indices=indices),
+            "the rollout",
+            RolloutError,
+        )
 
     def score(self, prompts: list[str], rollout: Rollout) -> Tensor:
         """Scores as they enter the token rewards, ``[batch]``: normalised if configured, less the EOS penalty."""
@@ -289,11 +293,13 @@ class PPOModule(L.LightningModule):
         self.optimizer_steps = checkpoint["ppo"]["optimizer_steps"]
 
 
-def _on_every_rank(compute: Callable[[], T]) -> T:
+def _on_every_rank(
+    compute: Callable[[], T], what: str = "the reward", error_type: type[LightningHybridError] = RewardError
+) -> T:
     """The result of ``compute``; where it fails on one rank, every rank raises."""
     result: T | Exception
     try:
         result = compute()
     except Exception as error:
         result = error
-    return agree(result)
+    return agree(result, what, error_type)

@@ -6,13 +6,15 @@ from typing import TypeVar
 
 import torch.distributed as dist
 
-from lightning_hybrid.errors import RewardError
+from lightning_hybrid.errors import LightningHybridError, RewardError
 
 T = TypeVar("T")
 LONGEST = 2000
 
 
-def agree(result_or_error: T | Exception) -> T:
+def agree(
+    result_or_error: T | Exception, what: str = "the reward", error: type[LightningHybridError] = RewardError
+) -> T:
     """Raises on every rank when one rank holds an error; otherwise hands back this rank's result.
 
     A rank that raised alone would leave the others waiting in their next collective. So a rank catches its error, and
@@ -30,22 +32,24 @@ def agree(result_or_error: T | Exception) -> T:
 
     Args:
         result_or_error: What this rank computed, or the exception that stopped it.
+        what: Failed, for the message.
+        error: Raised where a rank failed.
 
     Returns:
         The result, unchanged.
 
     Raises:
-        RewardError: A rank failed; the message names all ranks that did and what each said. On a failing rank, its own
-            exception is the cause.
+        LightningHybridError: ``error``, where a rank failed; the message names all ranks that did and what each said.
+            On a failing rank, its own exception is the cause.
     """
     own = result_or_error if isinstance(result_or_error, Exception) else None
     failures = {rank: message for rank, message in enumerate(_gather(own)) if message is not None}
     if not failures:
         return result_or_error  # type: ignore[return-value]  # no failure anywhere, so this rank holds a result
     if not _several_ranks():
-        raise RewardError(failures[0]) from own
+        raise error(failures[0]) from own
     listed = "\n".join(f"  rank {rank}: {message}" for rank, message in failures.items())
-    raise RewardError(f"the reward failed on {len(failures)} of {dist.get_world_size()} ranks:\n{listed}") from own
+    raise error(f"{what} failed on {len(failures)} of {dist.get_world_size()} ranks:\n{listed}") from own
 
 
 def _gather(error: Exception | None) -> list[str | None]:

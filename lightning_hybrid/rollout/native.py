@@ -48,8 +48,11 @@ class NativeRollout:
         """
         sampling = sampling_params(self.config, self.eos_ids, greedy)
         model = getattr(engine, "causal_lm", engine)
-        longest = max((len(prompt) for prompt in prompts), default=0)
-        reason = reason_without_container(model, longest + sampling.max_new_tokens)
+        if engine is model:
+            longest = max((len(prompt) for prompt in prompts), default=0)
+            reason = reason_without_container(model, longest + sampling.max_new_tokens)
+        else:
+            reason = engine.reason_without_container()
         if reason is not None:
             warn_without_container(model, reason)
             return self._fallback.generate(engine, prompts, seed, greedy, indices)

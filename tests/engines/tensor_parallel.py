@@ -6,11 +6,12 @@ from typing import Any
 
 import torch
 
+from lightning_hybrid.containers import Decoder
 from lightning_hybrid.engines import prepare_deepspeed
-from lightning_hybrid.errors import StrategyError
-from lightning_hybrid.generation import SamplingParams, generate
+from lightning_hybrid.errors import RolloutError, StrategyError
+from lightning_hybrid.generation import SamplingParams, generate, memory
 from lightning_hybrid.models import Policy
-from tests.engines.hybrids import hybrid, step, whole
+from tests.engines.hybrids import failing_at_the_third_call, hybrid, step, whole
 from tests.models.test_policy import family
 
 # The ranks of a group hold different numbers of prompts, of different lengths.
@@ -41,6 +42,8 @@ def generate_shared(plan: list[tuple[str, int]]) -> None:
         model = sum(getattr(p, "ds_numel", p.numel()) * p.element_size() for p in policy.parameters())
         assert held < model if stage == 3 else held == 0, (name, stage, held, model)
     refuse()
+    stop_together()
+    share_unequal_memory()
     print("same")
 
 
@@ -53,6 +56,49 @@ def compare(engine: Any, alone: Any, sampling: SamplingParams, seed: int, rank: 
     assert rollout.responses == expected.responses[rows]
     for got, wanted in zip(rollout.logprobs, expected.logprobs[rows], strict=True):
         torch.testing.assert_close(torch.tensor(got), torch.tensor(wanted), rtol=1e-4, atol=1e-5)
+
+
+def stop_together() -> None:
+    """At ZeRO-3 one rank is given what it cannot do: every rank raises, and all can go on."""
+    rank = torch.distributed.get_rank()
+    for pin in (True, False):
+        policy = Policy(family("llama"))
+        engine = hybrid(policy, 3, pin_parameters=pin)
+        for prompts in ([[5] * (3 + 90 * rank)], [[5], []][rank : rank + 1]):
+            engine.eval()
+            try:
+                engine.sample(prompts, SamplingParams(4), seed=0)
+            except RolloutError as error:
+                print("stopped:", type(error).__name__)
+            assert engine.module.training
+        engine.eval()
+        assert len(engine.sample([[5]], SamplingParams(4, eos_ids=()), seed=0).responses[0]) == 4
+        break_on_the_second_rank(engine, rank) if not pin else None
+        step(engine, policy)
+
+
+def break_on_the_second_rank(engine: Any, rank: int) -> None:
+    """Layer by layer, one rank fails in the middle of the loop."""
+    original = Decoder.logits
+    if rank == 1:
+        Decoder.logits = failing_at_the_third_call(original)  # type: ignore[method-assign]
+    engine.eval()
+    try:
+        engine.sample([[5]], SamplingParams(8, eos_ids=()), seed=0)
+    except (RolloutError, KeyError) as error:
+        print("broke:", type(error).__name__)
+    finally:
+        Decoder.logits = original  # type: ignore[method-assign]
+
+
+def share_unequal_memory() -> None:
+    """A rank with less room: ranks that share a model generate as many rows at once as the poorest can."""
+    policy, alone = Policy(family("llama")), Policy(family("llama"))
+    engine = hybrid(policy, 2, inference_tp_size=2)
+    rank = torch.distributed.get_rank()
+    free, memory.free_bytes = memory.free_bytes, lambda *_: [10_000_000, 2 * 32 * 2 * 2 * 8 * 4 + 1][rank]
+    compare(engine, alone.model, SamplingParams(8, n=2, eos_ids=(3,)), 0, rank)
+    memory.free_bytes = free
 
 
 def refuse() -> None:

@@ -101,12 +101,12 @@ def test_weights_in_somebody_elses_memory_stay_there() -> None:
 
 def test_more_rows_than_memory_has_room_for_wait_their_turn(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     plenty = lh.generate(model, PROMPTS, lh.SamplingParams(8))
-    monkeypatch.setattr(memory, "free_bytes", lambda device: 3 * 2 * 2 * 2 * 32 * 8 * 4)  # three rows of 32 tokens
+    monkeypatch.setattr(memory, "free_bytes", lambda *_: 3 * 2 * 2 * 2 * 32 * 8 * 4)  # three rows of 32 tokens
     assert lh.generate(model, PROMPTS, lh.SamplingParams(8)).responses == plenty.responses
 
 
 def test_memory_without_room_for_a_single_row_is_said(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "free_bytes", lambda device: 100)
+    monkeypatch.setattr(memory, "free_bytes", lambda *_: 100)
     with pytest.raises(RolloutError, match=r"KV cache of one row of 32 tokens takes .* MiB of cpu may be used"):
         lh.generate(model, PROMPTS, lh.SamplingParams(8))
 
@@ -114,6 +114,45 @@ def test_memory_without_room_for_a_single_row_is_said(model: Any, monkeypatch: p
 def test_a_budget_without_room_for_a_single_row_is_refused(model: Any) -> None:
     with pytest.raises(RolloutError, match="max_tokens_in_flight=20 has no room for one row of 32 tokens"):
         lh.generate(model, PROMPTS, lh.SamplingParams(8), max_tokens_in_flight=20)
+
+
+def test_a_token_that_the_model_does_not_know_is_named(model: Any) -> None:
+    with pytest.raises(RolloutError, match=r"prompt 1 has the token id 999; the model's embedding has rows 0 to \d+"):
+        lh.generate(model, [[3], [4, 999]], lh.SamplingParams(2))
+
+
+def test_there_is_one_index_for_each_prompt(model: Any) -> None:
+    with pytest.raises(ValueError, match="shorter"):
+        lh.generate(model, [[3], [4]], lh.SamplingParams(2), indices=[0])
+
+
+def test_end_tokens_may_be_a_list_and_unknown_ones_never_come(model: Any) -> None:
+    sampling = lh.SamplingParams(4, eos_ids=[5, 10_000, -1], min_new_tokens=2)  # type: ignore[arg-type]
+    assert lh.generate(model, [[3]], sampling).lengths.item() >= 2
+
+
+def test_autocast_around_it_changes_nothing(model: Any) -> None:
+    plain = lh.generate(model, PROMPTS[:3], lh.SamplingParams(4))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert lh.generate(model, PROMPTS[:3], lh.SamplingParams(4)).logprobs == plain.logprobs
+
+
+def test_a_long_prompt_does_not_widen_all_the_others_in_its_pass(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lightning_hybrid.generation import loop
+
+    read: list[tuple[int, int]] = []
+    make = loop.Prefill.__init__
+
+    def noted(self: Any, cache: Any, scores: Any, slots: Any, lengths: list[int]) -> None:
+        read.append((len(lengths), max(lengths)))
+        make(self, cache, scores, slots, lengths)
+
+    monkeypatch.setattr(loop.Prefill, "__init__", noted)
+    monkeypatch.setattr(loop, "PREFILL_TOKENS", 256)
+    prompts = [[3] * 40, *([[4]] * 30)]
+    plain = lh.generate(model, prompts, lh.SamplingParams(4, temperature=0))
+    assert all(rows * -(-longest // 32) * 32 <= 256 for rows, longest in read)
+    assert len(plain.responses) == 31
 
 
 def test_all_that_is_wrong_with_sampling_parameters_comes_in_one_message() -> None:

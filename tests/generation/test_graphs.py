@@ -181,7 +181,7 @@ def test_a_few_more_responses_need_no_new_graphs_and_many_more_do(policy: Policy
 def test_graphs_of_copied_weights_last_for_one_call(policy: Policy) -> None:
     workspace = workspace_of(policy)
     decoder = decoder_of(policy)
-    decoder.weights.scratch = True
+    decoder.weights.lasting = False
     first, second = (workspace.steps(decoder, SAMPLING, EOS_IDS, 39) for _ in range(2))
     assert isinstance(first, GraphSteps)
     assert first is not second
