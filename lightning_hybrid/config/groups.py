@@ -67,7 +67,7 @@ class RolloutConfig(Settings):
     rules: ClassVar[tuple[Rule, ...]] = (_response_lengths_are_ordered,)
 
     backend: Literal["native", "deepspeed", "hf"] = "native"
-    """what generates: native (containers over the trained weights), deepspeed (its kernels) or hf (`generate`)"""
+    """what generates: native (containers over the trained weights), hf (`generate`), deepspeed (says why it cannot)"""
     max_new_tokens: PositiveInt = 64
     """tokens that a response may have"""
     min_new_tokens: NonNegativeInt = 0

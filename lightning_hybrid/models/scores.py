@@ -31,8 +31,8 @@ class TokenScores(torch.autograd.Function):
         chosen = above.gather(-1, targets[:, None])
         weights = above.exp()
         total = weights.sum(-1, keepdim=True)
-        # Minus infinity times nothing is nothing.
-        expected = above.masked_fill_(weights == 0, 0.0).mul_(weights).sum(-1, keepdim=True) / total
+        # Minus infinity times nothing would not be nothing.
+        expected = above.clamp_(min=-1e30).mul_(weights).sum(-1, keepdim=True) / total
         log_total = total.log()
         entropy = log_total - expected
         ctx.save_for_backward(weights.div_(total), entropy, targets)
