@@ -43,6 +43,9 @@ _CALL = """
 import json, runpy, sys
 path, name, arguments = sys.argv[1:]
 runpy.run_path(path, run_name="ranks")[name](*json.loads(arguments))
+import torch
+if torch.distributed.is_initialized():
+    torch.distributed.destroy_process_group()  # its threads would end the process while others still talk to it
 """
 
 

@@ -12,9 +12,9 @@ from torch.nn import functional as F
 
 from lightning_hybrid.containers.weights import Cut, Shard, Weights
 
-# Products of fewer rows take another path through CPU libraries and round otherwise: a response would depend, in its
-# last bits, on how many others are generated beside it.
-LEAST_ROWS = 4
+# CPU libraries deal rows out in fours and multiply what is left over along another path, which rounds otherwise: a
+# response would depend, in its last bits, on how many others are generated beside it. Of many rows none are left over.
+ROWS, MANY_ROWS = 4, 256
 
 
 @dataclass(frozen=True)
@@ -135,9 +135,9 @@ class Projection:
     def __call__(self, x: Tensor) -> Tensor:
         """``[rows, in]`` → ``[rows, out]``."""
         rows = len(x)
-        if rows < LEAST_ROWS:
-            return self._product(F.pad(x, (0, 0, 0, LEAST_ROWS - rows)))[:rows]
-        return self._product(x)
+        if rows % ROWS == 0 or rows > MANY_ROWS:
+            return self._product(x)
+        return self._product(F.pad(x, (0, 0, 0, -rows % ROWS)))[:rows]
 
     def _product(self, x: Tensor) -> Tensor:
         if self.shard.size > 1:
