@@ -167,7 +167,7 @@ class HybridEngine(DeepSpeedHybridEngine):  # type: ignore[misc]
 
     @contextmanager
     def _trainable_if_it_fails(self) -> Iterator[None]:
-        """Leave training mode behind an exception, and no memory of generation."""
+        """After an exception go back to training mode, and give generation's memory back."""
         try:
             yield
         except BaseException:
@@ -200,7 +200,7 @@ class HybridEngine(DeepSpeedHybridEngine):  # type: ignore[misc]
                 warn_without_container(self.causal_lm, reason)
                 return self.generate_with_model(input_ids, **kwargs)
             request = self._lockstep.all(lambda: read_arguments(self.causal_lm, input_ids, kwargs))
-            # Ranks that share a model draw with one seed: the one of the first.
+            # Ranks that share a model draw with one seed, whatever each one's generator says.
             seed = least(int(torch.randint(2**62, ())), self._shard)
             indices = [torch.distributed.get_rank() << 32 | row for row in range(len(request.prompts))]
             rollout = self.sample(request.prompts, request.sampling, seed, indices, tokenizer=request.tokenizer)
@@ -247,11 +247,10 @@ class HybridEngine(DeepSpeedHybridEngine):  # type: ignore[misc]
 
     def _check(self, prompts: Sequence[Sequence[int]], sampling: SamplingParams) -> None:
         """Refuse prompts that do not fit."""
-        base, asked = base_of(self.causal_lm), self._config.hybrid_engine.max_out_tokens
-        of_model = max_positions(base.config) == self._positions
+        base, limit = base_of(self.causal_lm), self._positions
+        of_model = max_positions(base.config) == limit
         whose, what = ("the model's", "positions") if of_model else ("hybrid_engine.max_out_tokens =", "tokens")
-        vocabulary = base.get_input_embeddings().num_embeddings
-        check_prompts(prompts, sampling, self._positions if of_model else asked, whose, what, vocabulary)
+        check_prompts(prompts, sampling, limit, whose, what, base.get_input_embeddings().num_embeddings)
 
     def _bound(self) -> Decoder:
         """The containers, reading the weights where they are, gathered, or cut.
