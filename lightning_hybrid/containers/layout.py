@@ -58,9 +58,15 @@ def units(model: Any) -> list[list[nn.Parameter]]:
 def _parameters(modules: list[Any], sets: list[list[nn.Parameter]] | None = None) -> list[nn.Parameter]:
     """Parameters of modules, each once, those of a set where its first one is."""
     own = {id(p): p for module in modules if module is not None for p in module.parameters()}
-    follows = {id(whole[0]): whole for whole in sets or () if id(whole[0]) in own}
-    later = {id(p) for whole in follows.values() for p in whole[1:]}
-    return [q for key, p in own.items() if key not in later for q in follows.get(key, [p])]
+    return _together(list(own.values()), sets or [])
+
+
+def _together(parameters: list[nn.Parameter], sets: list[list[nn.Parameter]]) -> list[nn.Parameter]:
+    """The parameters with those of a set where its first one is; a set that is not all here is left as it is."""
+    held = {id(parameter) for parameter in parameters}
+    follows = {id(whole[0]): whole for whole in sets if all(id(parameter) in held for parameter in whole)}
+    later = {id(parameter) for whole in follows.values() for parameter in whole[1:]}
+    return [q for p in parameters if id(p) not in later for q in follows.get(id(p), [p])]
 
 
 def order_parameters(optimizer: Optimizer, model: Any) -> None:
@@ -70,14 +76,7 @@ def order_parameters(optimizer: Optimizer, model: Any) -> None:
     """
     sets = list(fused_sets(model))
     for group in optimizer.param_groups:
-        held = {id(parameter) for parameter in group["params"]}
-        follows = {id(whole[0]): whole for whole in sets if all(id(parameter) in held for parameter in whole)}
-        later = {id(parameter) for whole in follows.values() for parameter in whole[1:]}
-        ordered: list[Any] = []
-        for parameter in group["params"]:
-            if id(parameter) not in later:
-                ordered.extend(follows.get(id(parameter), [parameter]))
-        group["params"] = ordered
+        group["params"] = _together(group["params"], sets)
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ from lightning_hybrid.generation.api import (
     sample_with,
     warn_without_container,
 )
-from lightning_hybrid.generation.carrier import Rollout, pad_left
+from lightning_hybrid.generation.carrier import Rollout, pad_left, used_columns
 from lightning_hybrid.generation.draw import Sampler
 from lightning_hybrid.generation.memory import capacity_of, slots_for
 from lightning_hybrid.generation.sampling import SamplingParams
@@ -27,5 +27,6 @@ __all__ = [
     "pad_left",
     "sample_with",
     "slots_for",
+    "used_columns",
     "warn_without_container",
 ]

@@ -44,8 +44,7 @@ class Rollout:
 
     def rows(self, begin: int, end: int) -> Rollout:
         """Rows ``begin`` to ``end``, less the columns that are padding in all of them."""
-        used = self.attention_mask[begin:end].any(0).nonzero().flatten()
-        columns = slice(int(used[0]), int(used[-1]) + 1) if len(used) else slice(0, 0)
+        columns = used_columns(self.attention_mask[begin:end])
         kept = self._with(lambda tensor: tensor[begin:end, columns])
         return replace(kept, finish_reasons=self.finish_reasons[begin:end])
 
@@ -87,6 +86,12 @@ class Rollout:
     def logprobs(self) -> list[list[float]]:
         """The sampled tokens' log-probs under the raw policy, without padding."""
         return _ragged(self.policy_logprobs, self.response_mask)
+
+
+def used_columns(mask: Tensor) -> slice:
+    """From the first to the last column of ``mask`` ``[batch, time]`` that is True anywhere."""
+    used = mask.any(0).nonzero().flatten()
+    return slice(int(used[0]), int(used[-1]) + 1) if len(used) else slice(0, 0)
 
 
 def _ragged(values: Tensor, mask: Tensor) -> list[list]:  # type: ignore[type-arg]

@@ -35,12 +35,16 @@ class StopTexts:
     def completed(self, responses: Sequence[Sequence[int]]) -> list[bool]:
         """Whether each response, of which the last token is new, completes a text."""
         tails = [list(response[-self.window :]) for response in responses]
-        return [now and not before for now, before in zip(self._held(tails), self._held_before(tails), strict=True)]
+        completed = self._held(tails)
+        hits = [row for row, held in enumerate(completed) if held]
+        # Where a text was there without the last token already, it ended before a response was allowed to.
+        for row, held in zip(hits, self._held([tails[row][:-1] for row in hits]), strict=True):
+            completed[row] = not held
+        return completed
 
     def _held(self, tails: list[list[int]]) -> list[bool]:
+        """Whether each of the decoded tails holds a text."""
+        if not tails:
+            return []
         decoded = self.tokenizer.batch_decode(tails, clean_up_tokenization_spaces=False)
         return [any(text in tail for text in self.texts) for tail in decoded]
-
-    def _held_before(self, tails: list[list[int]]) -> list[bool]:
-        """Whether a text was there without the last token already: then it ended before a response was allowed to."""
-        return self._held([tail[:-1] for tail in tails])

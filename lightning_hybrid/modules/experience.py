@@ -8,6 +8,8 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
+from lightning_hybrid.generation import used_columns
+
 
 @dataclass(frozen=True)
 class Experience:
@@ -48,12 +50,6 @@ class Experience:
         picked = {name: tensor[index] for name, tensor in held.items() if tensor is not None}
         columns = used_columns(picked["attention_mask"])
         return Experience(**{k: v if v.dim() == 1 else v[:, columns] for k, v in picked.items()})
-
-
-def used_columns(mask: Tensor) -> slice:
-    """From the first to the last column of ``mask`` ``[batch, time]`` that is True anywhere."""
-    used = mask.any(0).nonzero().flatten()
-    return slice(int(used[0]), int(used[-1]) + 1) if len(used) else slice(0, 0)
 
 
 def micro_batches(mask: Tensor, micro_batch_size: int) -> Iterator[Tensor]:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lightning_hybrid.generation import used_columns
 from lightning_hybrid.models import Policy, ScalarModel
-from lightning_hybrid.modules.experience import micro_batches, used_columns
+from lightning_hybrid.modules.experience import micro_batches
 from lightning_hybrid.rollout import Rollout
 
 
