@@ -25,3 +25,19 @@ class RolloutError(LightningHybridError, RuntimeError):
 
 class StrategyError(LightningHybridError, RuntimeError):
     """A module, optimizer or device layout that the strategy cannot turn into engines."""
+
+
+class CheckpointError(LightningHybridError, RuntimeError):
+    """A checkpoint that cannot be written, or is not what was written."""
+
+
+class RankLostError(LightningHybridError, RuntimeError):
+    """Another rank died, stopped or hangs; the message names it, and what it last said."""
+
+
+class MemoryExhaustedError(LightningHybridError, RuntimeError):
+    """Out of memory; the message names the phase, who holds how much, and the setting that helps."""
+
+
+class NonFiniteError(LightningHybridError, RuntimeError):
+    """Loss or gradients were not finite for too many steps in a row."""

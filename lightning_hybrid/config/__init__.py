@@ -6,12 +6,14 @@ from lightning_hybrid.config.algorithm import OptimizerConfig, PPOConfig, Reward
 from lightning_hybrid.config.data import DataConfig, InstructionDataConfig, PreferenceDataConfig, PromptDataConfig
 from lightning_hybrid.config.groups import (
     CallbacksConfig,
+    CheckpointConfig,
     HybridEngineConfig,
     LoggerConfig,
     ModelConfig,
     PPOModelConfig,
     RewardSourceConfig,
     RolloutConfig,
+    SleepConfig,
     StrategyConfig,
     TrainerConfig,
 )
@@ -21,6 +23,7 @@ from lightning_hybrid.config.validate import validate
 
 __all__ = [
     "CallbacksConfig",
+    "CheckpointConfig",
     "DataConfig",
     "HybridEngineConfig",
     "InstructionDataConfig",
@@ -41,6 +44,7 @@ __all__ = [
     "SFTConfig",
     "SFTRun",
     "Settings",
+    "SleepConfig",
     "StageOverrides",
     "StrategyConfig",
     "TrainerConfig",

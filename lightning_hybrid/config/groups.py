@@ -88,22 +88,32 @@ class RolloutConfig(Settings):
     """prompt and response tokens that the KV cache holds at once; null for a share of the free memory"""
 
 
-def _path_or_function(config: RewardSourceConfig) -> Problem | None:
-    if (config.path is None) == (config.function is None):
-        given = "nothing" if config.path is None else f"{config.path!r} beside function {config.function!r}"
-        return Problem("path", "give exactly one of path (a reward model) and function (Python)", given)
-    return None
+def _one_source(config: RewardSourceConfig) -> Problem | None:
+    sources = {"path": config.path, "function": config.function, "url": config.url}
+    given = [f"{name} {value!r}" for name, value in sources.items() if value is not None]
+    if len(given) == 1:
+        return None
+    remedy = "give exactly one of path (a reward model), function (Python) and url (an HTTP endpoint)"
+    return Problem("path", remedy, " beside ".join(given).removeprefix("path ") or "nothing")
 
 
 class RewardSourceConfig(Settings):
-    """Where the scores of PPO come from: a reward model, or a Python function."""
+    """Where the scores of PPO come from: a reward model, a Python function, or an HTTP endpoint."""
 
-    rules: ClassVar[tuple[Rule, ...]] = (_path_or_function,)
+    rules: ClassVar[tuple[Rule, ...]] = (_one_source,)
 
     path: str | None = None
     """folder or hub name of a reward model"""
     function: Annotated[str, Field(pattern=r"^[\w.]+:\w+$")] | None = None
     """a function of prompts and responses, written 'package.module:function'"""
+    url: Annotated[str, Field(pattern=r"^https?://")] | None = None
+    """an endpoint that takes {"prompts": [...], "responses": [...]} and answers {"scores": [...]}"""
+    token_variable: str | None = None
+    """environment variable that holds the endpoint's bearer token"""
+    timeout_seconds: PositiveFloat = 600.0
+    """a function or an endpoint that takes longer over one batch has failed"""
+    retries: NonNegativeInt = 5
+    """further tries after an endpoint failed, with growing pauses between them"""
 
 
 class HybridEngineConfig(Settings):
@@ -119,6 +129,32 @@ class HybridEngineConfig(Settings):
     """ZeRO-3: gather all layers at once for generation, rather than layer by layer"""
     tp_gather_partition_size: PositiveInt = 8
     """layers gathered at a time when the model is shared between ranks"""
+
+
+class SleepConfig(Settings):
+    """What leaves the device in the phases of an iteration (generate, score, train) that do not need it."""
+
+    optimizer: bool = False
+    """optimizer states go to host memory outside training"""
+    gradients: bool = False
+    """memory of the gradients is given back outside training"""
+    master_weights: bool = False
+    """fp32 master weights go to host memory outside training"""
+    weights: bool = False
+    """weights of a trained model go to host memory in phases that do not run it, such as the critic's in generation"""
+    kv_cache: bool = False
+    """the KV cache and the workspace of generation are given back after it"""
+    frozen_models: bool = False
+    """reference and reward model go to host memory outside scoring"""
+
+
+class CheckpointConfig(Settings):
+    """How checkpoints are written."""
+
+    asynchronous: bool = False
+    """write from a copy in host memory while training goes on"""
+    frozen_models: Literal["reference", "value"] = "reference"
+    """reference: a fingerprint of frozen weights, checked on resume; value: the frozen weights too"""
 
 
 StrategyName = Literal[
@@ -155,6 +191,14 @@ class StrategyConfig(Settings):
     """registered name of the strategy; the ZeRO stage says what the ranks share between them"""
     hybrid_engine: HybridEngineConfig = Field(default_factory=HybridEngineConfig)
     """settings of the engine that both trains and generates"""
+    sleep: SleepConfig = Field(default_factory=SleepConfig)
+    """what leaves the device while another phase runs"""
+    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
+    """how checkpoints are written"""
+    timeout_seconds: PositiveFloat = 1800.0
+    """a rank that is not heard of, or a collective that lasts longer, stops the run"""
+    max_nonfinite_steps: PositiveInt = 10
+    """optimizer steps in a row that may be skipped because loss or gradients are not finite"""
     config: dict[str, Any] = Field(default_factory=dict)
     """DeepSpeed keys, laid over the strategy's own"""
 
@@ -215,6 +259,8 @@ class CallbacksConfig(Settings):
     """write the trained model as a Hugging Face folder to output_dir/model at the end"""
     checkpoint_every_n_steps: PositiveInt | None = None
     """training steps between two checkpoints; null for one at the end of every epoch"""
+    keep_checkpoints: PositiveInt = 2
+    """newest checkpoints to keep; older ones are removed once a newer one is complete"""
 
 
 class LoggerConfig(Settings):

@@ -65,7 +65,7 @@ class Run(Settings):
     output_dir: str
     """folder that this run writes to"""
     ckpt_path: str | None = None
-    """checkpoint to go on from"""
+    """checkpoint to go on from; 'last' for the newest complete one of output_dir, if there is one"""
 
 
 class SFTRun(Run):
