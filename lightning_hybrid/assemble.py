@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -76,7 +77,13 @@ def make_strategy(config: StrategyConfig) -> HybridDeepSpeedStrategy:
     """The registered strategy of that name, with the configured engine settings."""
     _, arguments = STRATEGIES[config.name]
     return HybridDeepSpeedStrategy(
-        **arguments, hybrid_engine=config.hybrid_engine.model_dump(), config=dict(config.config)
+        **arguments,
+        hybrid_engine=config.hybrid_engine.model_dump(),
+        config=dict(config.config),
+        timeout=timedelta(seconds=config.timeout_seconds),
+        sleep=config.sleep.model_dump(),
+        checkpoint=config.checkpoint.model_dump(),
+        max_nonfinite_steps=config.max_nonfinite_steps,
     )
 
 

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 
 class LightningHybridError(Exception):
-    """Base of every error raised on purpose by lightning-hybrid."""
+    """Base of every error raised on purpose by lightning-hybrid.
+
+    Attributes:
+        on_every_rank: whether all ranks raise it together, so that they can still act together, such as to save.
+    """
+
+    on_every_rank = False
 
 
 class ConfigError(LightningHybridError, ValueError):

@@ -46,10 +46,13 @@ def agree(
     failures = {rank: message for rank, message in enumerate(_gather(own)) if message is not None}
     if not failures:
         return result_or_error  # type: ignore[return-value]  # no failure anywhere, so this rank holds a result
-    if not _several_ranks():
-        raise error(failures[0]) from own
     listed = "\n".join(f"  rank {rank}: {message}" for rank, message in failures.items())
-    raise error(f"{what} failed on {len(failures)} of {dist.get_world_size()} ranks:\n{listed}") from own
+    alone = not _several_ranks()
+    agreed = error(
+        failures[0] if alone else f"{what} failed on {len(failures)} of {dist.get_world_size()} ranks:\n{listed}"
+    )
+    agreed.on_every_rank = True
+    raise agreed from own
 
 
 def _gather(error: Exception | None) -> list[str | None]:

@@ -21,6 +21,7 @@ from torch.distributed import default_pg_timeout
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_hybrid.config import CheckpointConfig, SleepConfig
 from lightning_hybrid.engines import EngineOptimizer, build_engine, build_evaluation_engine, engine_config
 from lightning_hybrid.engines.config import merged
 from lightning_hybrid.engines.environment import forget_process_groups, prepare_deepspeed
@@ -57,6 +58,9 @@ class HybridDeepSpeedStrategy(DeepSpeedStrategy):
         config: DeepSpeed keys merged over the ones written here, for every engine.
         process_group_backend: ``gloo`` or ``nccl``; by default what fits the device.
         timeout: how long a collective may take before the run stops.
+        sleep: what leaves the device in phases that do not need it, see :class:`~lightning_hybrid.config.SleepConfig`.
+        checkpoint: how checkpoints are written, see :class:`~lightning_hybrid.config.CheckpointConfig`.
+        max_nonfinite_steps: optimizer steps in a row that may be skipped because loss or gradients are not finite.
     """
 
     strategy_name = "hybrid_deepspeed"
@@ -70,6 +74,9 @@ class HybridDeepSpeedStrategy(DeepSpeedStrategy):
         config: Mapping[str, Any] | None = None,
         process_group_backend: str | None = None,
         timeout: timedelta | None = default_pg_timeout,
+        sleep: Mapping[str, bool] | None = None,
+        checkpoint: Mapping[str, Any] | None = None,
+        max_nonfinite_steps: int = 10,
     ) -> None:
         if stage not in (0, 1, 2, 3):
             raise StrategyError(f"ZeRO stage must be 0, 1, 2 or 3; got {stage!r}")
@@ -80,6 +87,9 @@ class HybridDeepSpeedStrategy(DeepSpeedStrategy):
         self.offload_parameters = offload_parameters
         self.hybrid_engine = dict(hybrid_engine or {})
         self.config_overrides = dict(config or {})
+        self.sleep = SleepConfig(**(sleep or {}))
+        self.checkpoint_config = CheckpointConfig(**(checkpoint or {}))
+        self.max_nonfinite_steps = max_nonfinite_steps
         self.engines: dict[str, DeepSpeedEngine] = {}
         self.frozen: dict[str, nn.Module] = {}
         self._set_local_rank = False
