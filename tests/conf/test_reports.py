@@ -91,7 +91,7 @@ def test_wrong_value_is_named_with_what_is_allowed(override: str, line: str) -> 
         ),
         (["rollout.min_new_tokens=65"], "rollout.min_new_tokens = 65: must not exceed max_new_tokens (64)"),
         (["reward.function=rewards:length"], "reward.path = 'a-reward-model' beside function 'rewards:length'"),
-        (["reward.path=null"], "reward.path = nothing: give exactly one of path (a reward model) and function"),
+        (["reward.path=null"], "reward.path = nothing: give exactly one of path (a reward model), function (Python) and url"),
         (["model.path=null"], "model.path = nothing: give exactly one of path"),
         (["+model.architecture={hidden_size: 8}"], "model.path = 'a-model' beside model.architecture"),
         (["+model.architecture={hidden_size: 8}"], "must have the key model_type, such as 'llama'"),
