@@ -25,6 +25,7 @@ STOREYS = (
     "rollout",
     "data",
     "rewards",
+    "checkpoint",
     "strategy",
     "modules",
     "callbacks",

@@ -1,109 +1,202 @@
-"""One folder per checkpoint: each engine's shards, and Lightning's own state beside them."""
+"""What of a run goes into a checkpoint, and comes back from it."""
 
 from __future__ import annotations
 
+import io
+import json
 from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from lightning.pytorch.trainer.states import TrainerStatus
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
+from lightning_hybrid.checkpoint import (
+    LIGHTNING,
+    Checkpoint,
+    CheckpointWriter,
+    Part,
+    TensorFile,
+    engine_folder,
+    engine_state,
+    fingerprints,
+    frozen_parameters,
+    frozen_tensors,
+    load_weights,
+    merged_numbers,
+    rank_file,
+    refuse_other_engines,
+    refuse_other_weights,
+    restore_engine,
+    restore_frozen,
+)
 from lightning_hybrid.engines import gathered
-from lightning_hybrid.errors import StrategyError
+from lightning_hybrid.errors import CheckpointError
+from lightning_hybrid.strategy.progress import Progress
 
 if TYPE_CHECKING:
-    from deepspeed import DeepSpeedEngine
+    from lightning_hybrid.strategy.hybrid import HybridDeepSpeedStrategy
 
-LIGHTNING_FILE = "lightning.ckpt"
-ENGINES_FOLDER = "engines"
-TAG = "weights"
+VALUE = "value"
+GRACE_SECONDS = 60.0
 
 
-def save_run(
-    folder: str | Path, state: Mapping[str, Any], engines: Mapping[str, DeepSpeedEngine], *, is_writer: bool
-) -> None:
-    """Write every engine's weights and optimizer state, and Lightning's state (loops, callbacks, schedulers).
+class RunCheckpoints:
+    """Checkpoints of everything that a strategy's engines, frozen models, data loaders and random streams hold.
 
     Args:
-        folder: the checkpoint's folder, the same on every rank.
-        state: what ``Trainer`` dumped.
-        engines: all engines; every rank writes its own shards.
-        is_writer: whether this rank writes what is the same on all ranks.
+        strategy: that trains.
+        progress: where the run stands.
     """
-    if not engines:
-        raise StrategyError("there is nothing to save: engines exist only during fit; use ModelCheckpoint, or HFExport")
-    folder = Path(folder)
-    for name, engine in engines.items():
-        engine.save_checkpoint(str(folder / ENGINES_FOLDER / (name or "module")), tag=TAG)
-    if is_writer:
-        folder.mkdir(parents=True, exist_ok=True)
-        torch.save(dict(state), folder / LIGHTNING_FILE)
+
+    def __init__(self, strategy: HybridDeepSpeedStrategy, progress: Progress) -> None:
+        self.strategy = strategy
+        self.progress = progress
+        timeout = strategy._timeout.total_seconds() if strategy._timeout else 1800.0
+        self.writer = CheckpointWriter(asynchronous=strategy.checkpoint_config.asynchronous, timeout=timeout)
+        self._fingerprints: dict[str, dict[str, str]] = {}
+
+    # ---- writing -----------------------------------------------------------------------------------------------------
+
+    def save(self, folder: str | Path, state: Mapping[str, Any]) -> None:
+        """Write a checkpoint; all ranks call it.
+
+        Args:
+            folder: the checkpoint's, the same on every rank.
+            state: what ``Trainer`` dumped.
+
+        Raises:
+            CheckpointError: on every rank where it failed on one.
+        """
+        if self.progress.repeats_steps:
+            rank_zero_warn(
+                f"checkpoint '{folder}' is written in the middle of a step, after optimizer steps that a resumed run "
+                "takes again: save where a training step has ended"
+            )
+        self.writer.save(Path(folder), self._part(self.progress.described(state)))
+
+    def close(self) -> None:
+        """Wait for a checkpoint that is being written; after an exception without the other ranks, and not for long.
+
+        Raises:
+            CheckpointError: on every rank where it could not be written.
+        """
+        trainer = self.progress.trainer
+        if trainer.state.status == TrainerStatus.INTERRUPTED:
+            self.writer.abandon(GRACE_SECONDS)
+        else:
+            self.writer.wait()
+
+    def _part(self, state: dict[str, Any]) -> Part:
+        tensors, files = [], {}
+        rank = torch.distributed.get_rank()
+        for name, engine in self.strategy.engines.items():
+            kept = engine_state(engine)
+            tensors.append(TensorFile(rank_file(engine_folder(name), rank), kept.tensors, kept.starts))
+            tensors.append(TensorFile(rank_file(engine_folder(name), rank, "buffers"), kept.buffers))
+            files[f"{engine_folder(name)}/engine.json"] = _json(merged_numbers(_of_all_ranks(kept.summary)))
+        positions = self.progress.positions()
+        streams = {f"{i}/{key}": v for i, position in enumerate(positions) for key, v in position.tensors().items()}
+        tensors.append(TensorFile(rank_file("streams", rank), streams))
+        if self.strategy.checkpoint_config.frozen_models == VALUE:
+            for name, module in self._frozen().items():
+                tensors.append(TensorFile(rank_file(f"frozen/{name}", rank), *frozen_tensors(module)))
+        files[LIGHTNING] = _content(state)
+        return Part(tensors, files if rank == 0 else {}, self._facts(state, len(positions)))
+
+    def _facts(self, state: Mapping[str, Any], loaders: int) -> dict[str, Any]:
+        strategy = self.strategy
+        by_value = strategy.checkpoint_config.frozen_models == VALUE
+        return {
+            "global_step": state["global_step"],
+            "epoch": state["epoch"],
+            "ranks": torch.distributed.get_world_size(),
+            "stage": strategy.stage,
+            "precision": strategy.precision_plugin.precision,
+            "engines": sorted(strategy.engines),
+            "loaders": loaders,
+            "frozen": {name: VALUE if by_value else self._fingerprint(name, m) for name, m in self._frozen().items()},
+            "config": strategy.run_config,
+        }
+
+    def _frozen(self) -> dict[str, nn.Module]:
+        """Everything that holds weights which nothing trains, by name: frozen models, and bases under adapters."""
+        trained = {name: engine.module for name, engine in self.strategy.engines.items()}
+        frozen = {name: self.strategy._submodule(name) for name in self.strategy.frozen}
+        return {name or "module": m for name, m in (trained | frozen).items() if frozen_parameters(m)}
+
+    def _fingerprint(self, name: str, module: nn.Module) -> dict[str, str]:
+        """Taken once: nothing trains them."""
+        if name not in self._fingerprints:
+            self._fingerprints[name] = fingerprints(module)
+        return self._fingerprints[name]
+
+    # ---- reading -----------------------------------------------------------------------------------------------------
+
+    def load(self, folder: str | Path, weights_only: bool) -> dict[str, Any]:
+        """Put engines, frozen models, loaders and streams into the state of a checkpoint; all ranks call it.
+
+        Returns:
+            Lightning's own state.
+
+        Raises:
+            CheckpointError: if it is not what was written, or of another model.
+        """
+        checkpoint = Checkpoint(folder)
+        refuse_other_engines(checkpoint, self.strategy.engines)
+        for name, engine in self.strategy.engines.items():
+            stretches = checkpoint.stretches(engine_folder(name))
+            restore_engine(engine, stretches, checkpoint.buffers(name), checkpoint.summary(name))
+        self._restore_frozen(checkpoint)
+        self._say_what_cannot_be_identical(checkpoint)
+        self.progress.resume_at(checkpoint.positions())
+        return checkpoint.lightning_state(weights_only)
+
+    def _restore_frozen(self, checkpoint: Checkpoint) -> None:
+        mine = self._frozen()
+        for name, saved in checkpoint.manifest["frozen"].items():
+            if name not in mine:
+                raise CheckpointError(
+                    f"checkpoint '{checkpoint.folder}' has a frozen model {name!r}; this run has {sorted(mine)}"
+                )
+            if saved == VALUE:
+                restore_frozen(mine[name], checkpoint.stretches(f"frozen/{name}"))
+            else:
+                refuse_other_weights(name, mine[name], saved)
+
+    def _say_what_cannot_be_identical(self, checkpoint: Checkpoint) -> None:
+        ranks, stage = torch.distributed.get_world_size(), self.strategy.stage
+        said, here = checkpoint.manifest["ranks"], checkpoint.manifest["stage"]
+        if said != ranks:
+            rank_zero_warn(
+                f"the checkpoint was written by {said} ranks and goes on with {ranks}: weights and optimizer state "
+                "are the same; random streams begin anew, sums over ranks round differently, and the order of the data "
+                f"is kept only if batch_size is changed so that {ranks} ranks take as much per step as {said} did"
+            )
+        if here != stage:
+            rank_zero_warn(
+                f"the checkpoint was written at ZeRO stage {here} and goes on at {stage}: weights and optimizer state "
+                "are the same, and sums may round differently"
+            )
 
 
-def load_engines(folder: str | Path, engines: Mapping[str, DeepSpeedEngine]) -> None:
-    """Load weights and optimizer states into the engines.
-
-    Raises:
-        StrategyError: if the folder is not such a checkpoint, or lacks an engine; names what is missing.
-    """
-    sources = _engine_folders(folder)
-    for name, engine in engines.items():
-        source = sources.get(name or "module")
-        if source is None:
-            raise StrategyError(f"checkpoint '{folder}' has no engine {name!r}; it has {sorted(sources)}")
-        loaded, _ = engine.load_checkpoint(str(source), tag=TAG)
-        if loaded is None:
-            raise StrategyError(f"checkpoint '{source}' could not be loaded: it is incomplete; use an earlier one")
-
-
-def load_modules(folder: str | Path, root: nn.Module) -> None:
+def load_modules(folder: str | Path, root: nn.Module) -> Checkpoint:
     """Load the weights of every engine of a checkpoint into the modules they belong to, to evaluate them.
 
     Raises:
-        StrategyError: if the folder is not such a checkpoint, or holds an engine of which ``root`` has no module.
+        CheckpointError: if it is not what was written, or holds an engine of which ``root`` has no module.
     """
-    known = {name or "module": module for name, module in root.named_modules()}
-    for name, source in _engine_folders(folder).items():
+    checkpoint = Checkpoint(folder)
+    known = dict(root.named_modules())
+    for name in checkpoint.manifest["engines"]:
         if name not in known:
-            raise StrategyError(f"checkpoint '{folder}' has an engine {name!r}, but the module has no such child")
-        module = known[name]
-        with gathered(module, writable=True):
-            module.load_state_dict(_whole_weights(source))
-
-
-def load_state(folder: str | Path, weights_only: bool = True) -> dict[str, Any]:
-    """Lightning's own state; with ``weights_only``, nothing in it is executed."""
-    path = _checked(folder) / LIGHTNING_FILE
-    state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=weights_only)
-    return state
-
-
-def _checked(folder: str | Path) -> Path:
-    folder = Path(folder)
-    if not (folder / LIGHTNING_FILE).is_file():
-        raise StrategyError(f"'{folder}' is not a checkpoint of this strategy: it has no {LIGHTNING_FILE}")
-    return folder
-
-
-def _engine_folders(folder: str | Path) -> dict[str, Path]:
-    engines = _checked(folder) / ENGINES_FOLDER
-    if not engines.is_dir():
-        raise StrategyError(f"checkpoint '{folder}' has no folder {ENGINES_FOLDER}: it holds no weights")
-    return {entry.name: entry for entry in sorted(engines.iterdir())}
-
-
-def _whole_weights(source: Path) -> dict[str, Any]:
-    """The state dict of an engine, put together from its shards where it has any."""
-    shards = list((source / TAG).glob("*zero_pp_rank_*_optim_states.pt"))
-    if not shards:
-        model_file = source / TAG / "mp_rank_00_model_states.pt"
-        state: dict[str, Any] = torch.load(model_file, map_location="cpu", weights_only=False)["module"]
-        return state
-    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
-
-    whole: dict[str, Any] = get_fp32_state_dict_from_zero_checkpoint(str(source), tag=TAG)
-    return whole
+            raise CheckpointError(f"checkpoint '{folder}' has an engine {name!r}, but the module has no such child")
+        with gathered(known[name], writable=True):
+            load_weights(checkpoint, name, known[name])
+    return checkpoint
 
 
 def state_outside_engines(module: nn.Module, owned: Iterable[str]) -> dict[str, Any]:
@@ -113,3 +206,31 @@ def state_outside_engines(module: nn.Module, owned: Iterable[str]) -> dict[str, 
         return {}
     prefixes = tuple(f"{name}." for name in names)
     return {key: value for key, value in module.state_dict().items() if not (prefixes and key.startswith(prefixes))}
+
+
+def _of_all_ranks(summary: dict[str, Any]) -> list[dict[str, Any]]:
+    if torch.distributed.get_world_size() == 1:
+        return [summary]
+    summaries: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(summaries, summary)
+    return summaries
+
+
+def _json(content: Any) -> Any:
+    text = json.dumps(content, indent=1, sort_keys=True)
+    return partial(_write_text, text)
+
+
+def _write_text(text: str, path: Path) -> None:
+    path.write_text(text, encoding="utf-8")
+
+
+def _content(state: dict[str, Any]) -> Any:
+    """Lightning's state as it is now, whatever training does to it later."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    return partial(_write_bytes, buffer.getvalue())
+
+
+def _write_bytes(content: bytes, path: Path) -> None:
+    path.write_bytes(content)

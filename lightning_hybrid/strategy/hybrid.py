@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,12 +26,24 @@ from lightning_hybrid.config import CheckpointConfig, SleepConfig
 from lightning_hybrid.engines import EngineOptimizer, build_engine, build_evaluation_engine, engine_config
 from lightning_hybrid.engines.config import merged
 from lightning_hybrid.engines.environment import forget_process_groups, prepare_deepspeed
+from lightning_hybrid.engines.guard import StepGuard
 from lightning_hybrid.errors import StrategyError
-from lightning_hybrid.strategy import checkpoint
+from lightning_hybrid.strategy.checkpoint import RunCheckpoints, load_modules, state_outside_engines
 from lightning_hybrid.strategy.counting import counted_as_one
 from lightning_hybrid.strategy.devices import place_outside, refuse_unsuitable_device
+from lightning_hybrid.strategy.launcher import WatchedLauncher
+from lightning_hybrid.strategy.liveness import Liveness
 from lightning_hybrid.strategy.ownership import EngineSpec, Owner, assign_owners
 from lightning_hybrid.strategy.precision import HybridPrecision
+from lightning_hybrid.strategy.progress import Progress
+from lightning_hybrid.strategy.residency import Residency, refuse_without_phases
+from lightning_hybrid.strategy.watched import (
+    begin_liveness,
+    end_liveness,
+    follow_phases,
+    limit_collectives,
+    names_lost_ranks,
+)
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
@@ -39,6 +52,7 @@ if TYPE_CHECKING:
     from lightning.pytorch.plugins.precision import Precision
 
 
+@names_lost_ranks
 class HybridDeepSpeedStrategy(DeepSpeedStrategy):
     """Train any LightningModule with one DeepSpeed engine per optimizer; let one of them also generate.
 
@@ -57,7 +71,9 @@ class HybridDeepSpeedStrategy(DeepSpeedStrategy):
         hybrid_engine: keys of DeepSpeed's ``hybrid_engine`` section, for the engines that generate.
         config: DeepSpeed keys merged over the ones written here, for every engine.
         process_group_backend: ``gloo`` or ``nccl``; by default what fits the device.
-        timeout: how long a collective may take before the run stops.
+        timeout: how long a collective may take, or a rank may not be heard of, before the run stops. Every rank says
+            which rank was lost and why, by :class:`~lightning_hybrid.errors.RankLostError`; a rank whose main thread
+            hangs is ended with exit code 75.
         sleep: what leaves the device in phases that do not need it, see :class:`~lightning_hybrid.config.SleepConfig`.
         checkpoint: how checkpoints are written, see :class:`~lightning_hybrid.config.CheckpointConfig`.
         max_nonfinite_steps: optimizer steps in a row that may be skipped because loss or gradients are not finite.
@@ -89,9 +105,14 @@ class HybridDeepSpeedStrategy(DeepSpeedStrategy):
         self.config_overrides = dict(config or {})
         self.sleep = SleepConfig(**(sleep or {}))
         self.checkpoint_config = CheckpointConfig(**(checkpoint or {}))
-        self.max_nonfinite_steps = max_nonfinite_steps
+        self.guard = StepGuard(max_nonfinite_steps)
+        self.liveness: Liveness | None = None
         self.engines: dict[str, DeepSpeedEngine] = {}
         self.frozen: dict[str, nn.Module] = {}
+        self.residency = Residency(self.engines, self.frozen)
+        self.run_config: dict[str, Any] | None = None
+        self._progress: Progress | None = None
+        self._checkpoints: RunCheckpoints | None = None
         self._set_local_rank = False
 
     # ---- what Lightning asks about the strategy -------------------------------------------------------------------
@@ -141,7 +162,7 @@ class HybridDeepSpeedStrategy(DeepSpeedStrategy):
         if alone:
             self._launcher = None  # stays in this process, which is what a notebook needs
         else:
-            super()._configure_launcher()
+            self._launcher = WatchedLauncher(self.cluster_environment, self.num_processes, self.num_nodes)
 
     @override
     def setup_environment(self) -> None:
@@ -152,6 +173,7 @@ class HybridDeepSpeedStrategy(DeepSpeedStrategy):
         # DeepSpeed reads it throughout a run. Left behind, it would tell Lightning that a launcher had set it.
         self._set_local_rank = "LOCAL_RANK" not in os.environ
         os.environ.setdefault("LOCAL_RANK", str(self.local_rank))
+        self.liveness = begin_liveness(self)
 
     @override
     def setup_distributed(self) -> None:
@@ -202,10 +224,24 @@ class HybridDeepSpeedStrategy(DeepSpeedStrategy):
         self.accelerator.setup(trainer)
         self.model = self.precision_plugin.convert_module(self.model)
         fitting = trainer.state.fn == TrainerFn.FITTING
+        if fitting:
+            refuse_without_phases(self.lightning_module, self.sleep)
         self._build_engines(fitting)
+        if fitting:
+            self._progress = Progress(trainer, self.engines)
+            self._checkpoints = RunCheckpoints(self, self._progress)
         self.model_to_device()
         self.setup_precision_plugin()
+        self._share_device(fitting)
+        limit_collectives(self._timeout)
+        follow_phases(self)
         self.barrier()
+
+    def _share_device(self, fitting: bool) -> None:
+        """What the first phase does not need sleeps from now on; nothing does where nothing is trained."""
+        settings = self.sleep if fitting else None
+        self.residency = Residency(self.engines, self.frozen, settings, self.root_device)
+        self.residency.enter(None)
 
     def _build_engines(self, fitting: bool) -> None:
         specs = self._specs()
@@ -268,7 +304,7 @@ class HybridDeepSpeedStrategy(DeepSpeedStrategy):
         For modules that take several optimizer steps in one ``training_step``, whose users think in iterations:
         ``max_steps``, ``every_n_train_steps`` and progress then count iterations.
         """
-        with counted_as_one(self._lightning_optimizers):
+        with self.guard.deferred(), counted_as_one(self._lightning_optimizers):
             yield
 
     @override
@@ -305,24 +341,45 @@ class HybridDeepSpeedStrategy(DeepSpeedStrategy):
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """What no engine saves: the module's state less the engines' and the frozen models' parameters."""
         assert self.lightning_module is not None
-        return checkpoint.state_outside_engines(self.lightning_module, [*self.engines, *self.frozen])
+        return state_outside_engines(self.lightning_module, [*self.engines, *self.frozen])
 
     @override
     def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
         return {}
 
     @override
+    def process_dataloader(self, dataloader: object) -> object:
+        """Let training loaders know their position, to go on in the middle of an epoch."""
+        training = self.lightning_module is not None and self.lightning_module.trainer.training
+        return self._progress.resumable(dataloader) if self._progress is not None and training else dataloader
+
+    @override
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: _PATH, storage_options: Any | None = None) -> None:
-        _save_run(self, checkpoint, filepath)
+        """Write a folder that holds the whole run; see :mod:`lightning_hybrid.checkpoint`."""
+        if self._checkpoints is None:
+            raise StrategyError(
+                "there is nothing to save: engines exist only during fit; use ModelCheckpoint, or HFExport"
+            )
+        state = checkpoint | {"hybrid_deepspeed": {"guard": self.guard.state_dict()}}
+        self._checkpoints.save(str(self.broadcast(filepath)), state)
 
     @override
     def load_checkpoint(self, checkpoint_path: _PATH, weights_only: bool | None = None) -> dict[str, Any]:
         assert self.lightning_module is not None
-        if self.lightning_module.trainer.state.fn == TrainerFn.FITTING:
-            checkpoint.load_engines(checkpoint_path, self.engines)
-        else:
-            checkpoint.load_modules(checkpoint_path, self.lightning_module)
-        return checkpoint.load_state(checkpoint_path, weights_only is not False)
+        plain = weights_only is not False
+        if self._checkpoints is None:
+            return load_modules(str(checkpoint_path), self.lightning_module).lightning_state(plain)
+        state = self._checkpoints.load(str(checkpoint_path), plain)
+        self.guard.load_state_dict(state["hybrid_deepspeed"]["guard"])
+        return state
+
+    @override
+    def remove_checkpoint(self, filepath: _PATH) -> None:
+        """Remove a checkpoint, once the one being written is complete."""
+        if self._checkpoints is None:
+            super().remove_checkpoint(filepath)
+        elif self.is_global_zero:
+            self._checkpoints.writer.remove(Path(filepath))
 
     @override
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
@@ -331,18 +388,26 @@ class HybridDeepSpeedStrategy(DeepSpeedStrategy):
 
     @override
     def teardown(self) -> None:
+        self.residency.close()
+        if self._checkpoints is not None:
+            self._checkpoints.close()
         for engine in (*self.engines.values(), *self.frozen.values()):
             if hasattr(engine, "destroy"):
                 engine.module_forward_pre_hook.remove()
                 engine.module_forward_post_hook.remove()
                 engine.destroy()
         self.engines, self.frozen = {}, {}
+        self._progress = self._checkpoints = None
         if self._set_local_rank:
             os.environ.pop("LOCAL_RANK", None)
+        end_liveness(self)
         super().teardown()
 
-
-def _save_run(strategy: HybridDeepSpeedStrategy, state: dict[str, Any], filepath: _PATH) -> None:
-    folder = strategy.broadcast(filepath)
-    checkpoint.save_run(folder, state, strategy.engines, is_writer=strategy.is_global_zero)
-    strategy.barrier()
+    @override
+    def on_exception(self, exception: BaseException) -> None:
+        if self.liveness is not None:
+            lost = self.liveness.lost_rank_behind(exception)
+            self.liveness.last_words(lost or exception)
+            if lost is not None:  # of a collective outside the methods that are watched
+                exception.add_note(str(lost))
+        super().on_exception(exception)

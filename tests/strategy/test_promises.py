@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
 from lightning_hybrid import EngineSpec, HybridDeepSpeedStrategy
-from lightning_hybrid.errors import StrategyError
+from lightning_hybrid.errors import CheckpointError
 from tests.helpers import GAN, Regression, quiet_trainer, random_batches, weights_of
 
 PLAIN = "auto"
@@ -91,7 +91,7 @@ def test_a_run_resumed_from_a_checkpoint_ends_where_an_uninterrupted_one_does(st
 
 def test_a_checkpoint_of_another_strategy_is_refused(tmp_path: Path) -> None:
     (tmp_path / "other.ckpt").mkdir()
-    with pytest.raises(StrategyError, match=r"is not a checkpoint of this strategy: it has no lightning\.ckpt"):
+    with pytest.raises(CheckpointError, match=r"has no manifest\.json: it is not a checkpoint of this strategy"):
         quiet_trainer("hybrid_deepspeed", max_epochs=1).fit(
             Regression(), random_batches(), ckpt_path=str(tmp_path / "other.ckpt")
         )

@@ -1,0 +1,144 @@
+"""A data loader that can go on in the middle of an epoch, exactly where it was."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_hybrid.checkpoint.streams import capture_streams, generators_of, restore_streams
+from lightning_hybrid.errors import CheckpointError
+
+EPOCH, NOW = "epoch/", "now/"
+
+
+class Position:
+    """Where in an epoch a run stands, and where its random streams stood there.
+
+    Attributes:
+        batches: of the epoch that are done.
+        epoch: the streams when the epoch began, which decide its order.
+        now: the streams before the next batch is fetched; empty where a process keeps its own.
+    """
+
+    def __init__(self, batches: int, epoch: dict[str, Tensor], now: dict[str, Tensor]) -> None:
+        self.batches = batches
+        self.epoch = epoch
+        self.now = now
+
+    def tensors(self) -> dict[str, Tensor]:
+        """As one dictionary."""
+        named = {f"{EPOCH}{key}": value for key, value in self.epoch.items()}
+        named |= {f"{NOW}{key}": value for key, value in self.now.items()}
+        return named | {"batches": torch.tensor([self.batches])}
+
+    @classmethod
+    def from_tensors(cls, tensors: dict[str, Tensor]) -> Position:
+        """What :meth:`tensors` returned."""
+        parts = {
+            prefix: {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+            for prefix in (EPOCH, NOW)
+        }
+        return cls(int(tensors["batches"]), parts[EPOCH], parts[NOW])
+
+
+class ResumableLoader:
+    """Iterate a data loader; know the position, and begin an epoch from one.
+
+    To go on in the middle of an epoch, the epoch is begun with the random streams that it was begun with, and the
+    batches that are done are fetched and dropped: whatever the data set and its workers draw is drawn again.
+
+    Args:
+        loader: a :class:`~torch.utils.data.DataLoader`; its attributes are this object's.
+        is_boundary: whether a checkpoint may say that the run stands before the batch about to be fetched; False in the
+            middle of an accumulation.
+    """
+
+    def __init__(self, loader: Any, is_boundary: Callable[[], bool] = lambda: True) -> None:
+        self.loader = loader
+        self._is_boundary = is_boundary
+        self._resume: Position | None = None
+        self._epoch: dict[str, Tensor] = {}
+        self._fetched = 0
+        self._boundary: Position | None = None
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["loader"], name)
+
+    @property
+    def worker_init_fn(self) -> Any:
+        """The loader's, which Lightning sets."""
+        return self.loader.worker_init_fn
+
+    @worker_init_fn.setter
+    def worker_init_fn(self, function: Any) -> None:
+        self.loader.worker_init_fn = function
+
+    def __iter__(self) -> Iterator[Any]:
+        """Begin an epoch, or go on with one."""
+        resume, self._resume = self._resume, None
+        if resume is not None and resume.batches < len(self.loader):
+            return self._resumed(resume)
+        if resume is not None and resume.now:
+            restore_streams(resume.now, self._generators)
+        self._epoch, self._fetched = capture_streams(self._generators), 0
+        return self._counted(iter(self.loader))
+
+    def _resumed(self, position: Position) -> Iterator[Any]:
+        """Not before the first batch is asked for: what else begins with a run may draw, too."""
+        self._epoch, self._fetched = position.epoch, position.batches
+        own = capture_streams(self._generators)
+        restore_streams(position.epoch, self._generators)
+        batches = iter(self.loader)
+        for _ in range(position.batches):
+            next(batches)
+        restore_streams(position.now or own, self._generators)
+        yield from self._counted(batches)
+
+    def _counted(self, batches: Iterator[Any]) -> Iterator[Any]:
+        while True:
+            self._mark()
+            batch = next(batches, self)
+            if batch is self:
+                return
+            self._fetched += 1
+            yield batch
+
+    def _mark(self) -> None:
+        if self._is_boundary():
+            self._boundary = Position(self._fetched, self._epoch, capture_streams(self._generators))
+
+    @property
+    def _generators(self) -> list[torch.Generator]:
+        return generators_of(self.loader)
+
+    # ---- position ----------------------------------------------------------------------------------------------------
+
+    def position(self, *, finished: bool) -> Position:
+        """Where a checkpoint written now says that the run stands.
+
+        Args:
+            finished: nothing is in the middle: neither a batch nor an accumulation.
+        """
+        if finished:
+            return Position(self._fetched, self._epoch, capture_streams(self._generators))
+        if self._boundary is None:
+            raise CheckpointError("nothing to go on from: no batch has been fetched yet")
+        return self._boundary
+
+    def resume_at(self, position: Position) -> None:
+        """Begin the next epoch at a position; one at the epoch's end begins the epoch after it."""
+        self._resume = position
+
+    # Lightning takes a loader with these two for one that knows where it was, and leaves it alone.
+    def state_dict(self) -> dict[str, int]:
+        """Batches of the epoch that were fetched."""
+        return {"batches": self._fetched}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Nothing to do: the strategy gives each rank its own position."""

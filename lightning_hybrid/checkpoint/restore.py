@@ -1,0 +1,135 @@
+"""Read a checkpoint: checked first, by all ranks together; refused where it is not what was written."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lightning_hybrid.checkpoint import folder as folders
+from lightning_hybrid.checkpoint.engine_state import WEIGHT
+from lightning_hybrid.checkpoint.loader import Position
+from lightning_hybrid.checkpoint.manifest import entries, problem_of, read_manifest
+from lightning_hybrid.checkpoint.tensors import Stretches, read_tensors
+from lightning_hybrid.errors import CheckpointError
+from lightning_hybrid.rewards.distributed import agree
+
+LIGHTNING = "lightning.ckpt"
+
+
+def engine_folder(name: str) -> str:
+    """Where an engine's files lie; the engine of the whole module has no name."""
+    return f"engines/{name or 'module'}"
+
+
+def rank_file(folder: str, rank: int, kind: str = "rank") -> str:
+    """A rank's file in a folder."""
+    return f"{folder}/{kind}-{rank:05d}.safetensors"
+
+
+class Checkpoint:
+    """A checkpoint folder that is what was written; each rank reads a share of the files to know it.
+
+    Args:
+        folder: the checkpoint's.
+
+    Raises:
+        CheckpointError: on every rank, naming the files that are not, and the newest complete checkpoint beside it.
+    """
+
+    def __init__(self, folder: Path | str) -> None:
+        self.folder = Path(folder)
+        result: Any
+        try:
+            result = self._checked()
+        except Exception as error:
+            result = error
+        self.manifest: dict[str, Any] = agree(result, "reading the checkpoint", CheckpointError)
+        self.facts: dict[str, Any] = self.manifest
+
+    def _checked(self) -> dict[str, Any]:
+        try:
+            manifest = read_manifest(self.folder)
+        except CheckpointError as error:
+            raise folders.refused(self.folder, str(error)) from error
+        mine = entries(manifest)[_rank() :: _ranks()]
+        found = [problem for problem in (problem_of(self.folder, entry) for entry in mine) if problem is not None]
+        if found:
+            raise folders.refused(self.folder, "; ".join(found[:5]))
+        return manifest
+
+    @property
+    def ranks(self) -> int:
+        """That wrote it."""
+        return int(self.manifest["ranks"])
+
+    def stretches(self, folder: str, kind: str = "rank") -> Stretches:
+        """What all ranks wrote in a folder."""
+        return Stretches(self.folder / rank_file(folder, rank, kind) for rank in range(self.ranks))
+
+    def buffers(self, name: str) -> dict[str, torch.Tensor]:
+        """An engine's, as this rank wrote them; rank 0's on ranks that there were not."""
+        rank = _rank() if self.ranks == _ranks() else 0
+        return read_tensors(self.folder / rank_file(engine_folder(name), rank, "buffers"))
+
+    def summary(self, name: str) -> dict[str, Any]:
+        """What all ranks knew of an engine."""
+        text = (self.folder / engine_folder(name) / "engine.json").read_text(encoding="utf-8")
+        summary: dict[str, Any] = json.loads(text)
+        return summary
+
+    def positions(self) -> list[Position]:
+        """Where in each training loader the run stands; streams of this rank, or none with another number of ranks."""
+        same = self.ranks == _ranks()
+        tensors = read_tensors(self.folder / rank_file("streams", _rank() if same else 0))
+        positions = []
+        for index in range(int(self.manifest["loaders"])):
+            prefix = f"{index}/"
+            own = {key.removeprefix(prefix): v for key, v in tensors.items() if key.startswith(prefix)}
+            position = Position.from_tensors(own)
+            positions.append(position if same else Position(position.batches, position.epoch, {}))
+        return positions
+
+    def lightning_state(self, weights_only: bool = True) -> dict[str, Any]:
+        """Lightning's own state; with ``weights_only``, nothing in it is executed."""
+        state: dict[str, Any] = torch.load(self.folder / LIGHTNING, map_location="cpu", weights_only=weights_only)
+        return state
+
+
+def load_weights(checkpoint: Checkpoint, name: str, module: nn.Module) -> None:
+    """Fill a plain module with the weights of an engine, to evaluate it."""
+    stretches = checkpoint.stretches(engine_folder(name))
+    with torch.no_grad():
+        for key, parameter in module.named_parameters():
+            if f"{key}:{WEIGHT}" in stretches:
+                values = stretches.whole(f"{key}:{WEIGHT}", parameter.numel())
+                parameter.copy_(values.view(parameter.shape))
+        buffers = dict(module.named_buffers())
+        for key, value in checkpoint.buffers(name).items():
+            if key in buffers:
+                buffers[key].copy_(value)
+
+
+def refuse_other_engines(checkpoint: Checkpoint, engines: Mapping[str, Any]) -> None:
+    """Raise where a checkpoint lacks an engine of the run, or holds another.
+
+    Raises:
+        CheckpointError: naming them.
+    """
+    saved, mine = set(checkpoint.manifest["engines"]), set(engines)
+    if saved != mine:
+        raise CheckpointError(
+            f"checkpoint '{checkpoint.folder}' holds the engines {sorted(saved)}, and this run has {sorted(mine)}"
+        )
+
+
+def _rank() -> int:
+    return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+
+
+def _ranks() -> int:
+    return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1

@@ -1,0 +1,109 @@
+"""Where a checkpoint says that a run stands, also when it is written in the middle of a step."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import lightning.pytorch as pl
+
+from lightning_hybrid.checkpoint import Position, ResumableLoader, capture_streams
+
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
+
+
+class Progress:
+    """The position in the data, at the last moment at which nothing was unfinished.
+
+    Gradients that wait for their step, and a batch that is being worked on, are not in a checkpoint: it says that the
+    run stands before them, and they are done again. So it is worth the same on any number of ranks.
+
+    Args:
+        trainer: of the run.
+        engines: those that train, by name.
+    """
+
+    def __init__(self, trainer: pl.Trainer, engines: Mapping[str, DeepSpeedEngine]) -> None:
+        self.trainer = trainer
+        self.engines = engines
+        self._steps: dict[str, int] = {}
+        self._resume: list[Position] = []
+
+    # ---- data loaders ------------------------------------------------------------------------------------------------
+
+    def resume_at(self, positions: list[Position]) -> None:
+        """Let the training loaders, in their order, begin at positions."""
+        self._resume = list(positions)
+
+    def resumable(self, loader: Any) -> Any:
+        """A training loader that knows its position; any other as it is."""
+        # Whatever keeps its own state does so already.
+        if hasattr(loader, "state_dict") or not hasattr(loader, "batch_sampler"):
+            return loader
+        known = ResumableLoader(loader, self._at_boundary)
+        if self._resume:
+            known.resume_at(self._resume.pop(0))
+        return known
+
+    @property
+    def _loaders(self) -> list[ResumableLoader]:
+        combined = self.trainer.fit_loop._combined_loader
+        return [] if combined is None else [x for x in combined.flattened if isinstance(x, ResumableLoader)]
+
+    def _at_boundary(self) -> bool:
+        """Whether no engine holds gradients that wait for their step; asked before each batch."""
+        if self._gradients_wait:
+            return False
+        self._steps = self._steps_taken
+        return True
+
+    @property
+    def _gradients_wait(self) -> bool:
+        return any(engine._unmanaged_backward_count > 0 for engine in self.engines.values())
+
+    @property
+    def _steps_taken(self) -> dict[str, int]:
+        return {name: engine.global_steps for name, engine in self.engines.items()}
+
+    # ---- what a checkpoint says -------------------------------------------------------------------------------------
+
+    @property
+    def finished(self) -> bool:
+        """Whether neither a batch nor an accumulation is in the middle."""
+        batches: Any = self.trainer.fit_loop.epoch_loop.batch_progress.current
+        return batches.started == batches.processed and not self._gradients_wait
+
+    @property
+    def repeats_steps(self) -> bool:
+        """Whether optimizer steps were taken that a resumed run would take a second time."""
+        return not self.finished and bool(self._steps) and self._steps != self._steps_taken
+
+    def positions(self) -> list[Position]:
+        """Of each training loader."""
+        finished = self.finished
+        if not self._loaders:
+            return [Position(0, {}, capture_streams())]
+        return [loader.position(finished=finished) for loader in self._loaders]
+
+    def described(self, state: Mapping[str, Any]) -> dict[str, Any]:
+        """Lightning's state of the run, with its loops where :meth:`positions` says that the data is."""
+        if self.finished or not self._loaders:
+            return dict(state)
+        loops = copy.deepcopy(state["loops"])
+        self._rewind(loops["fit_loop"], self._loaders[0].position(finished=False).batches)
+        return {**state, "loops": loops}
+
+    def _rewind(self, fit_loop: dict[str, Any], batches: int) -> None:
+        """Let the loops say that the batch after the first ``batches`` of the epoch was begun, and no more."""
+        progress = fit_loop["epoch_loop.batch_progress"]
+        before = progress["total"]["ready"] - progress["current"]["ready"]
+        for part, offset in (("total", before), ("current", 0)):
+            done = {"completed": batches + offset, "processed": batches + offset}
+            progress[part] |= done | {"ready": batches + offset + 1, "started": batches + offset + 1}
+        progress["is_last_batch"] = False
+        # On a restart Lightning counts the batch that was begun as one that stepped, unless it accumulates.
+        every, last = self.trainer.accumulate_grad_batches, self.trainer.num_training_batches
+        if (batches + 1) % every == 0 or batches + 1 >= last:
+            fit_loop["epoch_loop.state_dict"]["_batches_that_stepped"] -= 1

@@ -1,0 +1,103 @@
+"""Checkpoints written in the middle of something say that the run stands before it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+
+import lightning_hybrid.modules.ppo
+from lightning_hybrid import HybridDeepSpeedStrategy
+from lightning_hybrid.modules.update import PPOUpdate
+from tests.checkpoint.runs import ppo, prompt_file, strategy, train
+from tests.helpers import Regression, quiet_trainer, weights_of
+
+
+class Losses(L.Callback):
+    """The loss of each batch, as it was computed; saves after some of them."""
+
+    def __init__(self, folder: Path | None = None, save_after: tuple[int, ...] = ()) -> None:
+        self.seen: list[tuple[int, int, float]] = []
+        self.folder = folder
+        self.save_after = save_after
+        self.batches = 0
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.seen.append((trainer.current_epoch, batch_idx, float(outputs["loss"])))
+        self.batches += 1
+        if self.folder is not None and self.batches in self.save_after:
+            trainer.save_checkpoint(self.folder / f"batch={self.batches}.ckpt")
+
+
+class Noisy(Regression):
+    """Draws from torch's global stream in every step."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        batch[0][:, :5] += 0.1 * torch.randn(len(batch[0]), 5)
+        return super().training_step(batch, batch_idx)
+
+
+def shuffled() -> DataLoader[Any]:
+    rows = torch.randn(28, 6, generator=torch.Generator().manual_seed(1))
+    return DataLoader(TensorDataset(rows), batch_size=4, shuffle=True)
+
+
+def regress(losses: Losses, stage: int, resume: Path | None = None, **arguments: Any) -> torch.Tensor:
+    L.seed_everything(3, verbose=False)
+    module = Noisy()
+    arguments = {"accumulate_grad_batches": 3, "max_epochs": 3} | arguments
+    trainer = quiet_trainer(HybridDeepSpeedStrategy(stage=stage), callbacks=[losses], **arguments)
+    trainer.fit(module, shuffled(), ckpt_path=None if resume is None else str(resume))
+    return weights_of(module)
+
+
+# Seven batches per epoch, steps after 3, 6 and 7.
+@pytest.mark.parametrize("stage", [2, *(pytest.param(stage, marks=pytest.mark.slow) for stage in (0, 1, 3))])
+@pytest.mark.parametrize(("saved", "goes_on_after"), [(5, 3), (6, 6), (7, 7), (8, 7), (13, 13), (16, 14), (18, 17)])
+def test_an_accumulation_that_was_begun_is_done_again(
+    tmp_path: Path, stage: int, saved: int, goes_on_after: int
+) -> None:
+    whole, rest = Losses(tmp_path, (saved,)), Losses()
+    weights = regress(whole, stage)
+    resumed = regress(rest, stage, tmp_path / f"batch={saved}.ckpt")
+    assert rest.seen == whole.seen[goes_on_after:]
+    assert torch.equal(resumed, weights)
+
+
+@pytest.mark.parametrize("phase", ["rollout", "reward", "experience"])
+@pytest.mark.parametrize("iteration", [1, 4])
+def test_an_iteration_that_was_begun_is_done_again(tmp_path: Path, phase: str, iteration: int) -> None:
+    data, target = prompt_file(tmp_path), tmp_path / "middle.ckpt"
+    whole, weights = train(ppo(), data, 6, strategy(2))
+    interrupted = ppo()
+
+    def save(entered: str) -> None:
+        if entered == phase and interrupted.global_step == iteration - 1:
+            interrupted.trainer.save_checkpoint(target)
+            raise KeyError("interrupted")
+
+    interrupted.phases.listeners.append(save)
+    with pytest.raises(KeyError, match="interrupted"):
+        train(interrupted, data, 6, strategy(2))
+    rest, resumed = train(ppo(), data, 6, strategy(2), resume=target)
+    assert rest == {step: said for step, said in whole.items() if step >= iteration}
+    assert torch.equal(resumed, weights)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # of others, which `warns` would hand on
+def test_saving_between_the_steps_of_an_update_warns_that_they_are_taken_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Saving(PPOUpdate):
+        def _step(self, *arguments: Any) -> Any:
+            result = super()._step(*arguments)
+            self.module.trainer.save_checkpoint(tmp_path / "update.ckpt")
+            return result
+
+    monkeypatch.setattr(lightning_hybrid.modules.ppo, "PPOUpdate", Saving)
+    with pytest.warns(UserWarning, match="optimizer steps that a resumed run takes again"):
+        train(ppo(), prompt_file(tmp_path), 1, strategy(2))
