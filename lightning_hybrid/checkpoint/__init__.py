@@ -1,5 +1,6 @@
 """Checkpoints of a whole run: by parameter, in safetensors, complete or not there."""
 
+from lightning_hybrid.checkpoint.differences import differences
 from lightning_hybrid.checkpoint.engine_state import engine_state, merged_numbers, restore_engine
 from lightning_hybrid.checkpoint.folder import newest_complete, problems
 from lightning_hybrid.checkpoint.frozen import (
@@ -30,6 +31,7 @@ __all__ = [
     "ResumableLoader",
     "TensorFile",
     "capture_streams",
+    "differences",
     "engine_folder",
     "engine_state",
     "fingerprints",

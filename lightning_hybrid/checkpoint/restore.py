@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,6 @@ class Checkpoint:
         except Exception as error:
             result = error
         self.manifest: dict[str, Any] = agree(result, "reading the checkpoint", CheckpointError)
-        self.facts: dict[str, Any] = self.manifest
 
     def _checked(self) -> dict[str, Any]:
         try:
@@ -95,8 +95,19 @@ class Checkpoint:
         return positions
 
     def lightning_state(self, weights_only: bool = True) -> dict[str, Any]:
-        """Lightning's own state; with ``weights_only``, nothing in it is executed."""
-        state: dict[str, Any] = torch.load(self.folder / LIGHTNING, map_location="cpu", weights_only=weights_only)
+        """Lightning's own state; with ``weights_only``, nothing in it is executed.
+
+        Raises:
+            CheckpointError: if it holds more than plain data.
+        """
+        path = self.folder / LIGHTNING
+        try:
+            state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=weights_only)
+        except pickle.UnpicklingError as error:
+            raise CheckpointError(
+                f"'{path}' holds more than plain data, and nothing in it was executed: {str(error).splitlines()[0]} "
+                "Where you trust it, pass weights_only=False to Trainer.fit"
+            ) from error
         return state
 
 

@@ -4,35 +4,35 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import lightning as L
 import torch
 from torch import Tensor
 
 from lightning_hybrid.config import PPOConfig, RolloutConfig
-from lightning_hybrid.errors import ConfigError, LightningHybridError, RewardError, RolloutError
+from lightning_hybrid.errors import ConfigError, RolloutError
 from lightning_hybrid.models import Policy, ScalarModel, disable_dropout, end_of_text_ids, max_positions
 from lightning_hybrid.modules import roles
 from lightning_hybrid.modules.experience import Experience, state_values
 from lightning_hybrid.modules.metrics import mismatch_metrics, rollout_metrics, update_metrics
+from lightning_hybrid.modules.needs import models_run, remedies
 from lightning_hybrid.modules.old_logprobs import LogprobGap, OldLogprobSource, measured_gap
 from lightning_hybrid.modules.optimization import make_adamw, make_schedule
 from lightning_hybrid.modules.passes import critic_values, policy_logprobs
 from lightning_hybrid.modules.phases import Phases
-from lightning_hybrid.modules.text import decode_responses
+from lightning_hybrid.modules.scoring import moments_with, on_every_rank, reward_scores
 from lightning_hybrid.modules.update import PPOUpdate
-from lightning_hybrid.rewards import LearnedReward, RewardCallable, agree
+from lightning_hybrid.rewards import RewardCallable
 from lightning_hybrid.rl import RunningMoments, gae, token_rewards, whiten
 from lightning_hybrid.rollout import Rollout, make_backend
 from lightning_hybrid.strategy import EngineSpec, HybridDeepSpeedStrategy
+from lightning_hybrid.strategy.residency import Residency
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-T = TypeVar("T")
 
 
 class PPOModule(L.LightningModule):
@@ -89,9 +89,9 @@ class PPOModule(L.LightningModule):
         for model in (self.actor, self.critic):
             disable_dropout(model)
         self.kl_controller = roles.make_kl_controller(self.config)
-        self.score_moments = RunningMoments()
+        self.score_moments = self._moments_now = RunningMoments()
         self.old_logprob_source = OldLogprobSource(self.config, self.rollout_config)
-        self.phases = Phases()
+        self.phases, self.validation_phases = Phases(), Phases()
         self.optimizer_steps = 0
         pad = self.tokenizer.pad_token_id
         eos_ids = end_of_text_ids(self.actor, self.tokenizer)
@@ -145,21 +145,25 @@ class PPOModule(L.LightningModule):
         """One PPO iteration on a batch of prompts, see :class:`~lightning_hybrid.data.PromptDataModule`."""
         strategy: Any = self.trainer.strategy
         with strategy.one_global_step():
-            with self.phases("rollout"):
+            with self._phase("rollout"):
                 rollout = self.roll_out(batch["prompt_ids"])
-            with self.phases("reward"):
+            with self._phase("reward"):
                 scores = self.score(batch["prompts"], rollout)
-            with self.phases("experience"):
+            with self._phase("experience"):
                 experience = self.gain_experience(rollout, scores)
-            with self.phases("update"):
+            with self._phase("update"):
                 updater = PPOUpdate(self, strategy)
                 update = updater.run(experience)
             self._finish(rollout, experience, update, measured_gap(self, rollout, experience, updater.gap))
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Log ``val/score``, ``val/response_length`` and ``val/eos_rate`` of sampled responses to held-out prompts."""
-        rollout = self.roll_out(batch["prompt_ids"], stream=batch_idx + 1)
-        scores = self._raw_scores(batch["prompts"], rollout)
+        with self._phase("rollout", self.validation_phases):
+            rollout = self.roll_out(batch["prompt_ids"], stream=batch_idx + 1)
+        with self._phase("reward", self.validation_phases):
+            scores = reward_scores(self, batch["prompts"], rollout)
+        if self._residency is not None:
+            self._residency.enter(None)  # callbacks may read the trained weights
         metrics = {
             "val/score": scores.mean(),
             "val/response_length": rollout.lengths.float().mean(),
@@ -183,7 +187,7 @@ class PPOModule(L.LightningModule):
         seed = hash((self.seed, self.global_step, stream)) % 2**63
         # As the sampler dealt them out: what a prompt gets does not depend on how many ranks there are.
         indices = [i * self.trainer.world_size + self.global_rank for i in range(len(prompt_ids))]
-        return _on_every_rank(
+        return on_every_rank(
             lambda: self.backend.generate(engine, prompt_ids, seed=seed, greedy=greedy, indices=indices),
             "the rollout",
             RolloutError,
@@ -191,24 +195,15 @@ class PPOModule(L.LightningModule):
 
     def score(self, prompts: list[str], rollout: Rollout) -> Tensor:
         """Scores as they enter the token rewards, ``[batch]``: normalised if configured, less the EOS penalty."""
-        scores = self._raw_scores(prompts, rollout)
+        scores = reward_scores(self, prompts, rollout)
         self.raw_scores = scores
         if self.config.normalize_reward:
-            self._take_in(scores.double())
-            scores = scores / max(self.score_moments.std, 1e-4)
+            # Kept at the end of the iteration: a checkpoint written before it is one of its start.
+            self._moments_now = moments_with(self, scores)
+            scores = scores / max(self._moments_now.std, 1e-4)
         if self.config.missing_eos_penalty is not None:
             scores = scores - self.config.missing_eos_penalty * (~rollout.finished).float()
         return scores
-
-    def _raw_scores(self, prompts: list[str], rollout: Rollout) -> Tensor:
-        """The reward's own numbers; a rank whose reward fails stops every rank."""
-        responses = decode_responses(self.tokenizer, rollout)
-        if not isinstance(self.reward, LearnedReward):
-            return _on_every_rank(lambda: self.reward(prompts, responses)).to(self.device)
-        # What one rank alone can fail at comes before the model's forward, which under ZeRO-3 needs all ranks.
-        learned = self.reward
-        ids = _on_every_rank(lambda: learned.encode(prompts, responses))
-        return _on_every_rank(lambda: learned.score_ids(ids)).to(self.device)
 
     @torch.no_grad()
     def gain_experience(self, rollout: Rollout, scores: Tensor) -> Experience:
@@ -240,8 +235,10 @@ class PPOModule(L.LightningModule):
         )
 
     def _finish(self, rollout: Rollout, experience: Experience, update: dict[str, float], gap: LogprobGap) -> None:
-        """Adjust the KL coefficient, choose where the next old log-probs come from, step the schedules, log."""
+        """Adjust what lasts: KL coefficient, moments of the scores, source of old log-probs, schedules; log."""
         metrics = rollout_metrics(self, rollout, experience) | mismatch_metrics(self, gap, experience)
+        metrics |= self.phases.memory_figures(self.trainer.strategy)  # type: ignore[arg-type]
+        self.score_moments = self._moments_now
         self.old_logprob_source.judge(gap)
         self.kl_controller.update(metrics["policy/kl"], len(experience) * self.trainer.world_size)
         metrics |= update_metrics(self, update, rollout)
@@ -262,12 +259,13 @@ class PPOModule(L.LightningModule):
         engines = getattr(self.trainer.strategy, "engines", {})
         return engines[name] if name in engines else getattr(self, name).model
 
-    def _take_in(self, scores: Tensor) -> None:
-        """Add this iteration's scores of all ranks to the running moments."""
-        sums = torch.stack([scores.new_tensor(len(scores)), scores.sum(), scores.square().sum()])
-        count, total, squares = self._sum_over_ranks(sums).tolist()
-        mean = total / count
-        self.score_moments.update(count, mean, max(squares - count * mean**2, 0.0))
+    @property
+    def _residency(self) -> Residency | None:
+        return getattr(self.trainer.strategy, "residency", None)
+
+    def _phase(self, name: str, phases: Phases | None = None) -> AbstractContextManager[None]:
+        """A phase on the models that it runs, announced by :attr:`phases` or by others."""
+        return (phases or self.phases)(name, self._residency, models_run(self, name), remedies(self, name))
 
     def _sum_over_ranks(self, x: Tensor) -> Tensor:
         reduced: Tensor = self.trainer.strategy.reduce(x.clone(), reduce_op="sum")
@@ -288,18 +286,7 @@ class PPOModule(L.LightningModule):
         """Go on with the KL controller, the running moments of the scores and the choice of old log-probs."""
         self.kl_controller.load_state_dict(checkpoint["ppo"]["kl"])
         self.score_moments.load_state_dict(checkpoint["ppo"]["scores"])
+        self._moments_now = self.score_moments
         # Older checkpoints hold no choice.
         self.old_logprob_source.load_state_dict(checkpoint["ppo"].get("old_logprobs", {}))
         self.optimizer_steps = checkpoint["ppo"]["optimizer_steps"]
-
-
-def _on_every_rank(
-    compute: Callable[[], T], what: str = "the reward", error_type: type[LightningHybridError] = RewardError
-) -> T:
-    """The result of ``compute``; where it fails on one rank, every rank raises."""
-    result: T | Exception
-    try:
-        result = compute()
-    except Exception as error:
-        result = error
-    return agree(result, what, error_type)

@@ -20,6 +20,7 @@ from lightning_hybrid.checkpoint import (
     CheckpointWriter,
     Part,
     TensorFile,
+    differences,
     engine_folder,
     engine_state,
     fingerprints,
@@ -33,6 +34,7 @@ from lightning_hybrid.checkpoint import (
     restore_engine,
     restore_frozen,
 )
+from lightning_hybrid.data.checking import notice
 from lightning_hybrid.engines import gathered
 from lightning_hybrid.errors import CheckpointError
 from lightning_hybrid.strategy.progress import Progress
@@ -76,7 +78,18 @@ class RunCheckpoints:
                 f"checkpoint '{folder}' is written in the middle of a step, after optimizer steps that a resumed run "
                 "takes again: save where a training step has ended"
             )
-        self.writer.save(Path(folder), self._part(self.progress.described(state)))
+        residency = self.strategy.residency
+        residency.enter("train", self._read_by_saving())
+        try:
+            self.writer.save(Path(folder), self._part(self.progress.described(state)))
+        finally:
+            residency.enter(None)
+
+    def _read_by_saving(self) -> list[str]:
+        """Engines, and the frozen models that have to be on the device for it: not those whose fingerprint is known."""
+        by_value = self.strategy.checkpoint_config.frozen_models == VALUE
+        unknown = [name for name in self.strategy.frozen if by_value or name not in self._fingerprints]
+        return [*self.strategy.engines, *unknown]
 
     def close(self) -> None:
         """Wait for a checkpoint that is being written; after an exception without the other ranks, and not for long.
@@ -147,11 +160,13 @@ class RunCheckpoints:
         """
         checkpoint = Checkpoint(folder)
         refuse_other_engines(checkpoint, self.strategy.engines)
+        self.strategy.residency.wake_all()
         for name, engine in self.strategy.engines.items():
             stretches = checkpoint.stretches(engine_folder(name))
             restore_engine(engine, stretches, checkpoint.buffers(name), checkpoint.summary(name))
         self._restore_frozen(checkpoint)
         self._say_what_cannot_be_identical(checkpoint)
+        self.strategy.residency.enter(None)
         self.progress.resume_at(checkpoint.positions())
         return checkpoint.lightning_state(weights_only)
 
@@ -168,16 +183,20 @@ class RunCheckpoints:
                 refuse_other_weights(name, mine[name], saved)
 
     def _say_what_cannot_be_identical(self, checkpoint: Checkpoint) -> None:
+        before, now = checkpoint.manifest["config"], self.strategy.run_config
+        changed = differences(before, now) if before and now else []
+        if changed:
+            notice("the configuration is not the one that the checkpoint was written with:\n  " + "\n  ".join(changed))
         ranks, stage = torch.distributed.get_world_size(), self.strategy.stage
         said, here = checkpoint.manifest["ranks"], checkpoint.manifest["stage"]
         if said != ranks:
-            rank_zero_warn(
+            notice(
                 f"the checkpoint was written by {said} ranks and goes on with {ranks}: weights and optimizer state "
                 "are the same; random streams begin anew, sums over ranks round differently, and the order of the data "
                 f"is kept only if batch_size is changed so that {ranks} ranks take as much per step as {said} did"
             )
         if here != stage:
-            rank_zero_warn(
+            notice(
                 f"the checkpoint was written at ZeRO stage {here} and goes on at {stage}: weights and optimizer state "
                 "are the same, and sums may round differently"
             )

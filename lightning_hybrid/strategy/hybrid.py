@@ -33,17 +33,17 @@ from lightning_hybrid.strategy.counting import counted_as_one
 from lightning_hybrid.strategy.devices import place_outside, refuse_unsuitable_device
 from lightning_hybrid.strategy.launcher import WatchedLauncher
 from lightning_hybrid.strategy.liveness import Liveness
-from lightning_hybrid.strategy.ownership import EngineSpec, Owner, assign_owners
-from lightning_hybrid.strategy.precision import HybridPrecision
-from lightning_hybrid.strategy.progress import Progress
-from lightning_hybrid.strategy.residency import Residency, refuse_without_phases
-from lightning_hybrid.strategy.watched import (
+from lightning_hybrid.strategy.lost_ranks import (
     begin_liveness,
     end_liveness,
     follow_phases,
     limit_collectives,
     names_lost_ranks,
 )
+from lightning_hybrid.strategy.ownership import EngineSpec, Owner, assign_owners
+from lightning_hybrid.strategy.precision import HybridPrecision
+from lightning_hybrid.strategy.progress import Progress
+from lightning_hybrid.strategy.residency import Residency, refuse_without_phases
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
@@ -372,6 +372,15 @@ class HybridDeepSpeedStrategy(DeepSpeedStrategy):
         state = self._checkpoints.load(str(checkpoint_path), plain)
         self.guard.load_state_dict(state["hybrid_deepspeed"]["guard"])
         return state
+
+    def finish_checkpoints(self) -> None:
+        """Wait until a checkpoint that is written beside training is complete; all ranks call it.
+
+        Raises:
+            CheckpointError: on every rank where it could not be written.
+        """
+        if self._checkpoints is not None:
+            self._checkpoints.writer.wait()
 
     @override
     def remove_checkpoint(self, filepath: _PATH) -> None:

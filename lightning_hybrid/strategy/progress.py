@@ -73,7 +73,7 @@ class Progress:
     def finished(self) -> bool:
         """Whether neither a batch nor an accumulation is in the middle."""
         batches: Any = self.trainer.fit_loop.epoch_loop.batch_progress.current
-        return batches.started == batches.processed and not self._gradients_wait
+        return batches.ready == batches.processed and not self._gradients_wait
 
     @property
     def repeats_steps(self) -> bool:

@@ -96,3 +96,8 @@ def test_two_ranks_resume_as_if_uninterrupted(
 ) -> None:
     prompt_file(tmp_path)
     run_ranks(resume_on_two_ranks, 2, str(tmp_path), stage, lora, precision, timeout=300)
+
+
+def test_so_it_is_with_everything_asleep_that_may(tmp_path: Path) -> None:
+    asleep = ("optimizer", "gradients", "master_weights", "weights", "kv_cache", "frozen_models")
+    assert_resumes_exactly(tmp_path, 2, False, "bf16-mixed", sleep=dict.fromkeys(asleep, True))

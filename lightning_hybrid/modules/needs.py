@@ -1,0 +1,30 @@
+"""What each phase of a PPO iteration runs, and what lets it do with less memory."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from lightning_hybrid.modules.ppo import PPOModule
+
+
+def models_run(module: PPOModule, phase: str) -> list[str] | None:
+    """Names of the models that a phase runs; None where it runs none, and nothing need make room for it."""
+    if phase == "reward":
+        return None if module.reward_model is None else ["reward_model"]
+    if phase == "experience":
+        recomputed = ["actor"] if module.old_logprob_source.recompute else []
+        return ["reference", "critic", *recomputed]
+    return {"rollout": ["actor"], "update": ["actor", "critic"]}[phase]
+
+
+def remedies(module: PPOModule, phase: str) -> list[str]:
+    """What to do about a phase that ran out of memory, with the settings as they are."""
+    if phase == "rollout":
+        in_flight, new = module.rollout_config.max_tokens_in_flight, module.rollout_config.max_new_tokens
+        now = "null, a share of the free memory" if in_flight is None else in_flight
+        return [f"lower rollout.max_tokens_in_flight (now {now})", f"lower rollout.max_new_tokens (now {new})"]
+    if phase == "reward":
+        return ["score fewer prompts at once: lower data.batch_size"]
+    rows, chunk = module.config.micro_batch_size, module.config.logprob_chunk
+    return [f"lower algorithm.micro_batch_size (now {rows})", f"lower algorithm.logprob_chunk (now {chunk})"]
