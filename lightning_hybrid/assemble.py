@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import warnings
 from collections.abc import Sequence
 from datetime import timedelta
@@ -10,10 +11,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import lightning as L
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
-from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import Logger
+from lightning_utilities.core.rank_zero import rank_zero_warn
 
-from lightning_hybrid.callbacks import HFExport, PhaseProgressBar
+from lightning_hybrid.callbacks import (
+    Checkpoints,
+    HFExport,
+    History,
+    MetricsEvents,
+    MetricsFile,
+    PhaseProgressBar,
+    StopOnSignal,
+)
+from lightning_hybrid.checkpoint import newest_complete
 from lightning_hybrid.config import DataConfig, LoggerConfig, ModelConfig, Run, StrategyConfig
 from lightning_hybrid.models import Policy, ScalarModel, build_policy, load_tokenizer, max_positions
 from lightning_hybrid.modules import roles
@@ -61,13 +72,17 @@ def make_trainer(run: Run, stage: str, export: HFExport, callbacks: Sequence[Cal
         callbacks: further ones.
     """
     _quieten()
+    folder = _checkpoints_folder(run) if run.trainer.enable_checkpointing else None
+    exports = [export] if run.callbacks.export_model else []
+    # Those that stop a run come after those that finish what they do first.
+    own = [*_standard_callbacks(run, stage), *exports, *callbacks, StopOnSignal(folder)]
     arguments = {name: value for name, value in run.trainer.model_dump().items() if value is not None}
     arguments.setdefault("max_epochs", -1)
     return L.Trainer(
         **arguments,
         strategy=make_strategy(run.strategy),
         logger=_make_logger(run.logger, run.output_dir),
-        callbacks=[*_standard_callbacks(run, stage), *([export] if run.callbacks.export_model else []), *callbacks],
+        callbacks=own,
         default_root_dir=run.output_dir,
         enable_model_summary=False,
     )
@@ -87,22 +102,42 @@ def make_strategy(config: StrategyConfig) -> HybridDeepSpeedStrategy:
     )
 
 
+def resolve_checkpoint(run: Run) -> Path | str | None:
+    """The checkpoint that a run goes on from; None to start anew.
+
+    ``last`` is the newest complete one of the run's own folder. So is whatever a job says that SLURM started again:
+    its command is still that of its first start.
+    """
+    requeued = int(os.environ.get("SLURM_RESTART_COUNT") or 0) > 0
+    if run.ckpt_path != "last" and not requeued:
+        return run.ckpt_path
+    newest = newest_complete(_checkpoints_folder(run))
+    if newest is not None:
+        return newest
+    if run.ckpt_path != "last":
+        return run.ckpt_path
+    rank_zero_warn(f"no complete checkpoint in {_checkpoints_folder(run)}: starting anew")
+    return None
+
+
+def _checkpoints_folder(run: Run) -> Path:
+    return Path(run.output_dir) / "checkpoints"
+
+
 def _make_logger(config: LoggerConfig, output_dir: str) -> Logger | bool:
     if config.name == "none":
         return False
-    logger = CSVLogger if config.name == "csv" else TensorBoardLogger
-    return logger(save_dir=output_dir, name="", version="")
+    return MetricsFile(output_dir) if config.name == "csv" else MetricsEvents(output_dir)
 
 
 def _standard_callbacks(run: Run, stage: str) -> list[Callback]:
-    callbacks: list[Callback] = []
+    callbacks: list[Callback] = [History()]
     if run.trainer.enable_progress_bar:
         callbacks.append(PhaseProgressBar(stage))
     if run.trainer.enable_checkpointing:
-        folder = Path(run.output_dir) / "checkpoints"
-        callbacks.append(
-            ModelCheckpoint(dirpath=folder, every_n_train_steps=run.callbacks.checkpoint_every_n_steps, save_last=True)
-        )
+        settings = run.callbacks
+        folder = _checkpoints_folder(run)
+        callbacks.append(Checkpoints(folder, settings.checkpoint_every_n_steps, settings.keep_checkpoints))
     return callbacks
 
 
@@ -115,4 +150,4 @@ def _quieten() -> None:
     # Frozen models are meant to be in evaluation mode.
     warnings.filterwarnings("ignore", r"Found \d+ module\(s\) in eval mode at the start of training")
     warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated")
-    warnings.filterwarnings("ignore", r"Experiment logs directory .* exists and is not empty")
+    warnings.filterwarnings("ignore", r"Checkpoint directory .* exists and is not empty")

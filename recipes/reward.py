@@ -12,7 +12,7 @@ from pathlib import Path
 import lightning as L
 import torch
 
-from lightning_hybrid.assemble import data_arguments, make_tokenizer, make_trainer
+from lightning_hybrid.assemble import data_arguments, make_tokenizer, make_trainer, resolve_checkpoint
 from lightning_hybrid.callbacks import HFExport
 from lightning_hybrid.config import RewardRun
 from lightning_hybrid.config.run import recipe_main
@@ -31,7 +31,7 @@ def train_reward(run: RewardRun, stage: str = "reward") -> Path:
     data = PreferenceDataModule(**data_arguments(run.data, tokenizer, model))
     folder = Path(run.output_dir) / "model"
     trainer = make_trainer(run, stage, HFExport(folder, "model", tokenizer))
-    trainer.fit(RewardModule(model, run.algorithm), datamodule=data, ckpt_path=run.ckpt_path)
+    trainer.fit(RewardModule(model, run.algorithm), datamodule=data, ckpt_path=resolve_checkpoint(run))
     validated = run.data.validation_path is not None or run.data.validation_fraction > 0
     if trainer.is_global_zero and run.data.pairing == "labels" and validated:
         report_accuracy(folder, data)

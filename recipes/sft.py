@@ -9,7 +9,7 @@ from pathlib import Path
 
 import lightning as L
 
-from lightning_hybrid.assemble import data_arguments, make_policy, make_tokenizer, make_trainer
+from lightning_hybrid.assemble import data_arguments, make_policy, make_tokenizer, make_trainer, resolve_checkpoint
 from lightning_hybrid.callbacks import HFExport
 from lightning_hybrid.config import SFTRun
 from lightning_hybrid.config.run import recipe_main
@@ -26,7 +26,7 @@ def train_sft(run: SFTRun, stage: str = "sft") -> Path:
     module = SFTModule(policy, run.algorithm)
     folder = Path(run.output_dir) / "model"
     trainer = make_trainer(run, stage, HFExport(folder, "policy", tokenizer))
-    trainer.fit(module, datamodule=data, ckpt_path=run.ckpt_path)
+    trainer.fit(module, datamodule=data, ckpt_path=resolve_checkpoint(run))
     return folder
 
 

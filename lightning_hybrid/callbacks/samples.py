@@ -37,9 +37,9 @@ class SampleLog(L.Callback):
 
     @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Begin a new file, unless the run goes on from a checkpoint."""
-        if trainer.is_global_zero and trainer.global_step == 0:
-            self.path.unlink(missing_ok=True)
+        """Begin a new file; where the run goes on from a checkpoint, drop what was written after it."""
+        if trainer.is_global_zero and self.path.is_file():
+            self._rewind(trainer.global_step)
 
     @override
     def on_train_batch_end(
@@ -52,6 +52,16 @@ class SampleLog(L.Callback):
         with self.path.open("a", encoding="utf-8") as file:
             for sample in self._samples(pl_module):
                 file.write(json.dumps({"step": trainer.global_step, **sample}, ensure_ascii=False) + "\n")
+
+    def _rewind(self, step: int) -> None:
+        """Keep the entries until ``step``; the last line may have been written in part."""
+        lines = self.path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
+        kept = [line for line in lines if json.loads(line)["step"] <= step] if step else []
+        new = self.path.with_name(f"{self.path.name}.new")
+        new.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        new.replace(self.path)
+        if not kept:
+            self.path.unlink()
 
     def _samples(self, pl_module: Any) -> list[dict[str, str | float]]:
         """The first rows of the module's last rollout."""

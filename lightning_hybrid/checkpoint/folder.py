@@ -77,7 +77,9 @@ def problems(folder: Path, *, content: bool = True) -> list[str]:
 
 
 def newest_complete(folder: Path | str, besides: Path | None = None) -> Path | None:
-    """The checkpoint in ``folder`` with the most steps of which every file is there in full size; None for none.
+    """The checkpoint in ``folder`` that was written last and has every file in full size; None for none.
+
+    By time, not by steps: a folder may hold those of an earlier run, or of a branch that was left.
 
     Args:
         folder: of checkpoints.
@@ -92,7 +94,7 @@ def newest_complete(folder: Path | str, besides: Path | None = None) -> Path | N
         if hidden or (besides is not None and entry.resolve() == besides.resolve()) or problems(entry, content=False):
             continue
         manifest = read_manifest(entry)
-        found.append((int(manifest.get("global_step", 0)), entry.stat().st_mtime_ns, entry))
+        found.append((entry.stat().st_mtime_ns, int(manifest.get("global_step", 0)), entry))
     return max(found)[2] if found else None
 
 

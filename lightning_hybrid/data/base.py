@@ -1,8 +1,13 @@
-"""What the data modules have in common: everything is read, checked and tokenised once, in ``setup``."""
+"""What the data modules have in common: everything is read, checked and tokenised once, in ``setup``.
+
+What was read stays in memory: files that are changed under a running job do not touch it. A job that goes on from a
+checkpoint reads them anew, and refuses other data than it began with.
+"""
 
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Generic, TypedDict, TypeVar, get_args
 
@@ -11,6 +16,7 @@ from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_hybrid.data.checking import Problems
+from lightning_hybrid.data.fingerprint import Files, Fingerprint, read_alike, refuse_other_data
 from lightning_hybrid.data.reading import Format, Row, file_names, read_rows
 from lightning_hybrid.data.splitting import Identified, split_by_hash
 from lightning_hybrid.data.tokenizing import LengthRule, TooLong
@@ -21,6 +27,9 @@ if TYPE_CHECKING:
 
 Example = TypeVar("Example", bound=Identified)
 Paths = str | Sequence[str]
+
+# Neither changes an example: where files stand, and how batches are made of what is in them.
+_SHAPELESS = {"path", "validation_path", "tokenizer", "batch_size", "num_workers", "trainer"}
 
 
 class CommonArguments(TypedDict, total=False):
@@ -81,6 +90,8 @@ class TextDataModule(LightningDataModule, Generic[Example]):
         self.too_long: TooLong = too_long
         self._train: Dataset[Any] | None = None
         self._validation: Dataset[Any] | None = None
+        self._files: list[dict[str, Any]] = []
+        self._fingerprint: Fingerprint | None = None
 
     @abstractmethod
     def _examples(self, rows: list[Row], problems: Problems) -> list[Example]:
@@ -95,14 +106,32 @@ class TextDataModule(LightningDataModule, Generic[Example]):
         """Return the function that makes one batch out of items of the data set."""
 
     def setup(self, stage: str | None = None) -> None:
-        """Read, check and tokenise all rows; later calls do nothing.
+        """Read, check and tokenise all rows; later calls do nothing. In training, every rank must have read the same.
 
         Raises:
             ConfigError: If there is no tokenizer.
-            DataError: If a file or a row cannot be used, or none is left; shows all problems of the files.
+            DataError: If a file or a row cannot be used, or none is left; shows all problems of the files. Also if a
+                file was changed while it was read, or a rank has read other data.
         """
-        if self._train is not None:
-            return
+        if self._train is None:
+            ranks = self.trainer.world_size if self.trainer is not None and stage is not None else 1
+            self._fingerprint = read_alike(self._read_all, ranks=ranks)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was read: of each file its bytes, rows and digest, and the arguments that shape the examples."""
+        return dict(self._fingerprint or {})
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Compare with what was read now.
+
+        Raises:
+            DataError: If it is not the same; names what differs, and the fix.
+        """
+        if self._fingerprint is not None:
+            refuse_other_data(state_dict, self._fingerprint)
+
+    def _read_all(self) -> Fingerprint:
+        self._files = []
         source = ", ".join(file_names(self.path))
         examples = self._read(self.path, self.limit)
         held_out: list[Example] = []
@@ -114,6 +143,13 @@ class TextDataModule(LightningDataModule, Generic[Example]):
             validation_source = ", ".join(file_names(self.validation_path or self.path))
             self._validation = self._dataset(held_out, f"{validation_source} (validation)", training=False)
         self._train = self._dataset(examples, source, training=True)
+        return {"files": self._files, "arguments": self._shape()}
+
+    def _shape(self) -> dict[str, Any]:
+        """The arguments that decide, with the files, what the examples are."""
+        own = {name: value for name, value in vars(self).items() if isinstance(value, str | int | float | None)}
+        kept = {name: value for name, value in own.items() if not name.startswith("_") and name not in _SHAPELESS}
+        return kept | {"max_length": self._rule().max_length}
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Return the training batches, shuffled by the seed; Lightning gives each rank its share."""
@@ -131,9 +167,11 @@ class TextDataModule(LightningDataModule, Generic[Example]):
 
     def _read(self, path: Paths, limit: int | None) -> list[Example]:
         problems = Problems(", ".join(file_names(path)))
+        files = Files(file_names(path))
         rows = read_rows(path, self.format, self.encoding, problems)
         examples = self._examples(rows[:limit], problems)
         problems.raise_if_any()
+        self._files += files.read(Counter(row.where.rpartition(":")[0] for row in rows))
         return examples
 
     def _loader(self, dataset: Any, *, training: bool) -> DataLoader[Any]:

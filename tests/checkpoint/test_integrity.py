@@ -81,7 +81,7 @@ def test_a_harmed_checkpoint_is_refused_and_the_newest_complete_one_offered(fold
         resume(folder)
 
 
-def test_the_newest_complete_checkpoint_has_the_most_steps_and_all_files(folder: Path) -> None:
+def test_the_newest_complete_checkpoint_was_written_last_and_has_all_files(folder: Path) -> None:
     assert newest_complete(folder) == folder / "step=2.ckpt"
     (folder / "step=2.ckpt/lightning.ckpt").unlink()
     assert newest_complete(folder) == folder / "step=1.ckpt"
