@@ -10,13 +10,13 @@ from pathlib import Path
 
 import lightning as L
 
-from lightning_hybrid.assemble import data_arguments, make_policy, make_tokenizer, make_trainer
+from lightning_hybrid.assemble import data_arguments, make_policy, make_tokenizer, make_trainer, resolve_checkpoint
 from lightning_hybrid.callbacks import HFExport, SampleLog
 from lightning_hybrid.config import PPORun
 from lightning_hybrid.config.run import recipe_main
 from lightning_hybrid.data import PromptDataModule
 from lightning_hybrid.modules import PPOModule
-from lightning_hybrid.rewards import load_reward_function
+from lightning_hybrid.rewards import reward_from
 
 
 def train_ppo(run: PPORun, stage: str = "ppo") -> Path:
@@ -28,7 +28,7 @@ def train_ppo(run: PPORun, stage: str = "ppo") -> Path:
     data = PromptDataModule(**arguments, max_new_tokens=run.rollout.max_new_tokens)
     module = PPOModule(
         policy,
-        reward=run.reward.path or load_reward_function(str(run.reward.function)),
+        reward=reward_from(run.reward),
         config=run.algorithm,
         rollout=run.rollout,
         tokenizer=tokenizer,
@@ -39,7 +39,7 @@ def train_ppo(run: PPORun, stage: str = "ppo") -> Path:
     folder = Path(run.output_dir) / "model"
     samples = SampleLog(Path(run.output_dir) / "samples.jsonl")
     trainer = make_trainer(run, stage, HFExport(folder, "actor", tokenizer), [samples])
-    trainer.fit(module, datamodule=data, ckpt_path=run.ckpt_path)
+    trainer.fit(module, datamodule=data, ckpt_path=resolve_checkpoint(run))
     return folder
 
 

@@ -16,8 +16,8 @@ from lightning_hybrid.checkpoint.engine_state import WEIGHT
 from lightning_hybrid.checkpoint.loader import Position
 from lightning_hybrid.checkpoint.manifest import entries, problem_of, read_manifest
 from lightning_hybrid.checkpoint.tensors import Stretches, read_tensors
+from lightning_hybrid.engines.agreement import agree
 from lightning_hybrid.errors import CheckpointError
-from lightning_hybrid.rewards.distributed import agree
 
 LIGHTNING = "lightning.ckpt"
 

@@ -18,8 +18,8 @@ from torch import Tensor
 from lightning_hybrid.checkpoint import folder as folders
 from lightning_hybrid.checkpoint.manifest import FileEntry, problem_of, write_manifest
 from lightning_hybrid.checkpoint.tensors import write_tensors
+from lightning_hybrid.engines.agreement import agree
 from lightning_hybrid.errors import CheckpointError
-from lightning_hybrid.rewards.distributed import agree
 
 PARTS = ".parts"
 POLL_SECONDS = 0.05

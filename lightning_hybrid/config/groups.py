@@ -110,9 +110,9 @@ class RewardSourceConfig(Settings):
     """an endpoint that takes {"prompts": [...], "responses": [...]} and answers {"scores": [...]}"""
     token_variable: str | None = None
     """environment variable that holds the endpoint's bearer token"""
-    timeout_seconds: PositiveFloat = 600.0
+    timeout_seconds: Annotated[float, Field(gt=0.0, le=604800.0)] = 300.0
     """a function or an endpoint that takes longer over one batch has failed"""
-    retries: NonNegativeInt = 5
+    retries: NonNegativeInt = 3
     """further tries after an endpoint failed, with growing pauses between them"""
 
 

@@ -170,6 +170,21 @@ def _rollout_knows_old_logprobs(run: PPORun) -> Problem | None:
     return Problem("algorithm.old_logprobs", f"{reason}: use recompute or auto", "'rollout'")
 
 
+LONGEST_PAUSE = 60.0  # seconds, between two tries of an endpoint
+
+
+def _reward_ends_before_ranks_stop_waiting(run: PPORun) -> Problem | None:
+    """While one rank waits for its scores, the others wait for that rank."""
+    reward, limit = run.reward, run.strategy.timeout_seconds
+    tries = reward.retries + 1 if reward.url is not None else 1
+    longest = tries * reward.timeout_seconds + (tries - 1) * LONGEST_PAUSE
+    if reward.path is not None or longest < limit:
+        return None
+    may_take = f"with {tries - 1} retries a reward may take {longest:g} s"
+    remedy = f"{may_take}, which must be less than strategy.timeout_seconds ({limit:g})"
+    return Problem("reward.timeout_seconds", remedy, f"{reward.timeout_seconds:g}")
+
+
 class PPORun(Run):
     """Configuration of the recipe `ppo`."""
 
@@ -181,6 +196,7 @@ class PPORun(Run):
         _minibatch_fits_rollout,
         _rollout_fits_workspace,
         _rollout_knows_old_logprobs,
+        _reward_ends_before_ranks_stop_waiting,
     )
 
     model: PPOModelConfig

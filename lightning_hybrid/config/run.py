@@ -58,12 +58,14 @@ def compose_run(config_name: str, schema: type[SettingsT], overrides: Sequence[s
     """
     import hydra
     from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
 
     try:
         with _set_aside_running_hydra(), hydra.initialize_config_dir(str(conf_dir()), version_base=_HYDRA_VERSION):
             cfg = hydra.compose(config_name, overrides=[_force(override) for override in overrides])
-    except HydraException as error:
-        raise ConfigError(f"cannot compose '{config_name}' with {list(overrides)}: {error}") from error
+    except (HydraException, OmegaConfBaseException, ValueError) as error:  # ValueError: a group given a number
+        problem = f"cannot compose '{config_name}' with {list(overrides)}: {error}"
+        raise ConfigError(problem.encode(errors="backslashreplace").decode()) from error
     return validate(schema, cfg)
 
 

@@ -54,7 +54,8 @@ def refuse(problems: list[Problem], where: str) -> None:
     if problems:
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
         lines = (f"  {number}. {problem}" for number, problem in enumerate(problems, start=1))
-        raise ConfigError("\n".join([f"{count} {where}:", *lines]))
+        report = "\n".join([f"{count} {where}:", *lines])
+        raise ConfigError(report.encode(errors="backslashreplace").decode())  # half a surrogate pair cannot be printed
 
 
 def find_problems(schema: type[BaseModel], values: Mapping[str, Any], known: Sequence[Detail] = ()) -> list[Problem]:
@@ -71,6 +72,8 @@ def find_problems(schema: type[BaseModel], values: Mapping[str, Any], known: Seq
     for detail in details:
         wrong.setdefault(_field_path(schema, detail["loc"]), []).append(detail)
     problems = [_explain(schema, path, details) for path, details in wrong.items()]
+    if () in wrong:  # nothing was judged, so there is no telling which values the rules could read
+        return problems
     return problems + list(_broken_rules(_readable(schema, values, set(wrong)), ""))
 
 
@@ -93,7 +96,7 @@ def _group(annotation: Any) -> type[BaseModel] | None:
 
 
 def _explain(schema: type[BaseModel], path: tuple[str, ...], details: list[Detail]) -> Problem:
-    key, first = ".".join(path), details[0]
+    key, first = ".".join(path) or "a key", details[0]  # of a key that is no proper text, pydantic gives no place
     place = ".".join(map(str, first["loc"]))
     if first["type"] == "unresolved":
         return Problem(place, first["msg"])
@@ -126,7 +129,7 @@ def _owner(schema: type[BaseModel], path: tuple[str, ...]) -> type[BaseModel]:
 
 def _purpose(schema: type[BaseModel], path: tuple[str, ...]) -> str:
     """What the field is for, from its docstring, in brackets."""
-    field = _owner(schema, path).model_fields.get(path[-1])
+    field = _owner(schema, path).model_fields.get(path[-1]) if path else None
     return f" ({' '.join(field.description.split())})" if field and field.description else ""
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from lightning_hybrid.config.settings import Detail, Settings, find_problems, refuse
+from lightning_hybrid.config.settings import Detail, Problem, Settings, find_problems, refuse
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -30,11 +30,27 @@ def validate(schema: type[SettingsT], cfg: DictConfig | Mapping[str, Any]) -> Se
 
 def _resolve(cfg: DictConfig | Mapping[str, Any]) -> tuple[dict[str, Any], list[Detail]]:
     """Plain values of `cfg`, and a detail for each key that has none and is left out."""
-    from omegaconf import DictConfig, OmegaConf
+    from omegaconf import DictConfig
 
-    config = cfg if isinstance(cfg, DictConfig) else OmegaConf.create(dict(cfg))
     unresolved: list[Detail] = []
-    return _plain(config, (), unresolved), unresolved
+    return _plain(cfg if isinstance(cfg, DictConfig) else _node(cfg), (), unresolved), unresolved
+
+
+def _node(values: Mapping[str, Any]) -> DictConfig:
+    """A plain mapping as OmegaConf has it, which finds misspelt interpolations and what YAML could not hold."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        return OmegaConf.create(dict(values))
+    except (OmegaConfBaseException, RecursionError) as error:
+        key = getattr(error, "full_key", None) or "the configuration"
+        refuse([Problem(key, f"cannot be read: {_first_line(error)}")], "in the configuration")
+        raise
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _plain(node: DictConfig, place: tuple[str, ...], unresolved: list[Detail]) -> dict[str, Any]:
@@ -53,7 +69,7 @@ def _plain(node: DictConfig, place: tuple[str, ...], unresolved: list[Detail]) -
         except MissingMandatoryValue:
             unresolved.append({"type": "missing", "loc": here})
         except OmegaConfBaseException as error:
-            message = f"cannot be resolved: {str(error).splitlines()[0]}"
+            message = f"cannot be resolved: {_first_line(error)}"
             unresolved.append({"type": "unresolved", "loc": here, "msg": message})
         else:
             values[key] = _plain(value, here, unresolved) if isinstance(value, DictConfig) else value

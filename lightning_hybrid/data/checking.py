@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import reprlib
 import unicodedata
 from collections import Counter
@@ -11,6 +10,7 @@ from collections.abc import Sequence
 from difflib import get_close_matches
 from typing import TYPE_CHECKING
 
+import torch
 from lightning_utilities.core.rank_zero import rank_zero_only
 
 from lightning_hybrid.errors import DataError
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 LOGGER = logging.getLogger("lightning_hybrid")
 SHOWN_PROBLEMS = 20
 SHOWN_EXAMPLES = 10
+LARGEST = torch.finfo(torch.float32).max  # batches hold float32, which would turn more than this into infinity
 
 
 def notice(message: str) -> None:
@@ -127,9 +128,9 @@ def number_field(row: Row, key: str, problems: Problems) -> float:
         number = float(value) if isinstance(value, int | float | str) else float("nan")
     except (ValueError, OverflowError):
         number = float("nan")
-    if not math.isfinite(number):
+    if not -LARGEST <= number <= LARGEST:  # false for NaN too
         found = _short(value) if key in row.fields else f"no such key; the row has {_names(row)}"
-        problems.add(row.where, f"{key!r} must be a finite number, found {found}")
+        problems.add(row.where, f"{key!r} must be a finite number that float32 can hold, found {found}")
         return 0.0
     return number
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 from torch import Tensor
 
@@ -14,6 +15,10 @@ if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
 
+# By engine, 1 while every loss since its last step was finite, NaN otherwise; read only where a step was skipped.
+_losses: WeakKeyDictionary[DeepSpeedEngine, Tensor] = WeakKeyDictionary()
+
+
 def backward(loss: Tensor, engines: Sequence[DeepSpeedEngine], **kwargs: Any) -> None:
     """Backpropagate ``loss`` and let every engine whose parameters it reaches reduce its gradients.
 
@@ -21,15 +26,21 @@ def backward(loss: Tensor, engines: Sequence[DeepSpeedEngine], **kwargs: Any) ->
     nobody says which: that is asked of autograd itself at the start of the pass. Gradients add up until the engine
     steps; nothing is divided by an accumulation count.
 
+    A loss that is NaN or inf makes its gradients NaN, also where they would be finite. So the reduction of gradients,
+    which is due anyway, tells every rank that one of them must not step.
+
     Args:
         loss: a scalar.
         engines: all engines of the run.
-        **kwargs: for ``Tensor.backward`` (``retain_graph``, ``create_graph``, ``inputs``).
+        **kwargs: for ``Tensor.backward`` (``gradient``, ``retain_graph``, ``create_graph``, ``inputs``).
 
     Raises:
         StrategyError: if an fp16 loss reaches two engines: each has its own loss scale.
     """
     reached: list[DeepSpeedEngine] = []
+    verdict = loss.detach() * 0 + 1  # 0 times NaN or inf is NaN
+    if loss.numel() == 1 and not any(engine.fp16_enabled() for engine in engines):
+        kwargs.setdefault("gradient", verdict)
     begin = loss.register_hook(lambda _: reached.extend(_begin_backward(engines)))
     for engine in engines:
         _forget_last_backward(engine)
@@ -45,6 +56,18 @@ def backward(loss: Tensor, engines: Sequence[DeepSpeedEngine], **kwargs: Any) ->
     for engine in reached:
         # Unmanaged accumulation counts its micro-batches itself, for DeepSpeed's own sample counter.
         engine._unmanaged_backward_count += 1
+        _losses[engine] = _losses[engine] * verdict if engine in _losses else verdict
+
+
+def losses_were_finite(engine: DeepSpeedEngine) -> Callable[[], bool]:
+    """Whether all losses that reached ``engine`` since its last step were finite on this rank; asked when called."""
+    verdict = _losses.get(engine)
+    return lambda: verdict is None or bool(verdict.isfinite().all())
+
+
+def forget_losses(engine: DeepSpeedEngine) -> None:
+    """Begin anew: the engine has stepped, or dropped its gradients."""
+    _losses.pop(engine, None)
 
 
 def _begin_backward(engines: Sequence[DeepSpeedEngine]) -> list[DeepSpeedEngine]:
@@ -99,6 +122,7 @@ def discard_gradients(engine: DeepSpeedEngine) -> None:
 
     ZeRO-2 keeps reduced gradients beside the parameters, where its own ``zero_grad`` does not look.
     """
+    forget_losses(engine)
     engine.optimizer.zero_grad()
     for name in ("averaged_gradients", "all_grad_tensors"):
         held = getattr(engine.optimizer, name, None)
@@ -109,5 +133,7 @@ def discard_gradients(engine: DeepSpeedEngine) -> None:
         # Offloaded gradients are added up from the second micro-batch on; make the next one the first.
         engine.optimizer.micro_step_id = -1
         engine.optimizer._offload_accumulated_param_ids.clear()
+    if getattr(engine.optimizer, "offload_optimizer", False):
+        engine.optimizer._offload_boundary_param_ids.clear()
     for parameter in engine.module.parameters():
         parameter.grad = None

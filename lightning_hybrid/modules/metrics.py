@@ -75,6 +75,7 @@ def update_metrics(module: PPOModule, update: dict[str, float], rollout: Rollout
         "throughput/rollout_tokens_per_second": tokens / seconds["rollout"],
         "throughput/update_tokens_per_second": tokens * update["epochs"] / seconds["update"],
         "optimizer_steps": float(module.optimizer_steps),
+        "nonfinite_steps": update["nonfinite_steps"],
         "lr": module.trainer.optimizers[0].param_groups[0]["lr"],
     }
     engine = module._engine("actor").timings.metrics()

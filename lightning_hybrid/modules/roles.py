@@ -12,7 +12,7 @@ from lightning_hybrid.config import PPOConfig
 from lightning_hybrid.data import check_tokenizer
 from lightning_hybrid.errors import ConfigError
 from lightning_hybrid.models import Policy, ScalarModel, load_policy, load_scalar, load_tokenizer
-from lightning_hybrid.rewards import LearnedReward, RewardCallable, RewardFunction
+from lightning_hybrid.rewards import LearnedReward, RemoteReward, RewardCallable, RewardFunction
 from lightning_hybrid.rl import AdaptiveKLController, FixedKLController, KLController
 
 if TYPE_CHECKING:
@@ -32,11 +32,11 @@ def make_policy(source: Policy | str | Path, tokenizer: PreTrainedTokenizerBase,
 
 def make_reward(
     reward: RewardCallable | ScalarModel | str | Path, tokenizer: PreTrainedTokenizerBase
-) -> tuple[ScalarModel | None, RewardFunction | LearnedReward]:
+) -> tuple[ScalarModel | None, RewardFunction | RemoteReward | LearnedReward]:
     """The reward model, if the reward is one, and what scores texts.
 
     Args:
-        reward: a function, a reward model, or its path; a path brings its own tokenizer.
+        reward: a function, an endpoint, a reward model, or its path; a path brings its own tokenizer.
         tokenizer: of a reward model given as a module.
     """
     if isinstance(reward, str | Path):
@@ -44,12 +44,12 @@ def make_reward(
         return model, LearnedReward(model, load_tokenizer(reward))
     if isinstance(reward, ScalarModel):
         return reward, LearnedReward(reward, tokenizer)
-    return None, RewardFunction(reward)
+    return None, reward if isinstance(reward, RewardFunction | RemoteReward) else RewardFunction(reward)
 
 
 def make_critic(
     source: ScalarModel | str | Path | None,
-    reward: RewardFunction | LearnedReward,
+    reward: RewardFunction | RemoteReward | LearnedReward,
     actor: Policy,
     tokenizer: PreTrainedTokenizerBase,
 ) -> ScalarModel:

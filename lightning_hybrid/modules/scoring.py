@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 from torch import Tensor
 
+from lightning_hybrid.engines.agreement import agree
 from lightning_hybrid.errors import LightningHybridError, RewardError
 from lightning_hybrid.modules.text import decode_responses
-from lightning_hybrid.rewards import LearnedReward, agree
+from lightning_hybrid.rewards import LearnedReward
 from lightning_hybrid.rl import RunningMoments
 from lightning_hybrid.rollout import Rollout
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -41,12 +42,14 @@ class PPOUpdate:
         self.actor, self.critic = strategy.engines["actor"], strategy.engines["critic"]
         self.metrics: dict[str, list[float]] = defaultdict(list)
         self.gap: dict[str, Tensor] = {}
+        self._minibatches = 0
 
     def run(self, experience: Experience) -> dict[str, float]:
         """Take ``epochs × minibatches`` steps, fewer if the policy moves beyond ``early_stop_kl``.
 
         Returns:
-            Metrics, each a mean over the steps taken (``ratio_max``: the largest), equal on all ranks.
+            Metrics, each a mean over the minibatches that both engines stepped on (``ratio_max``: the largest), or NaN
+            where there was none; ``nonfinite_steps``, the steps that the run has skipped; equal on all ranks.
         """
         size = self._local_minibatch(len(experience))
         self.actor.train()
@@ -82,21 +85,26 @@ class PPOUpdate:
             _accumulate(sums, self._train_critic(part, denominator))
         metrics = self._over_ranks(sums, experience.mask[rows].sum())
         too_far = self.config.early_stop_kl is not None and metrics["approx_kl"] > self.config.early_stop_kl
+        stepped = self._apply("actor", not too_far and not self._actor_is_waiting())
+        stepped &= self._apply("critic", not too_far)
+        counts = stepped and all(map(math.isfinite, metrics.values()))
         for name, value in metrics.items():
-            self.metrics[name].append(value)
-        self._apply(self.actor, not too_far and not self._actor_is_waiting())
-        self._apply(self.critic, not too_far)
+            self.metrics[name] += [value] if counts else []
+        self._minibatches += 1
         return not too_far
 
     def _actor_is_waiting(self) -> bool:
         return self.module.global_step < self.config.critic_warmup_steps
 
-    def _apply(self, engine: Any, keep: bool) -> None:
+    def _apply(self, name: str, keep: bool) -> bool:
+        """Step an engine, or drop its gradients; False only if they had to be dropped because they are not finite."""
+        engine = self.strategy.engines[name]
         if not keep:
             discard_gradients(engine)
-            return
-        engine.step()
-        self.module.optimizer_steps += 1 if engine is self.actor else 0
+            return True
+        taken = self.strategy.guard.step(name, engine, at=self.module.global_step)
+        self.module.optimizer_steps += 1 if taken and name == "actor" else 0
+        return taken
 
     def _denominator(self, mask: Tensor) -> Tensor:
         """Tokens (or sequences) of the minibatch over all ranks, per rank: engines average gradients over ranks."""
@@ -122,7 +130,7 @@ class PPOUpdate:
             denominator=denominator,
             weights=part.weights,
         )
-        if not self.metrics:  # the first minibatch: no step has been taken
+        if self._minibatches == 0:  # the first minibatch: no step has been taken
             _accumulate(self.gap, logprob_gap(output.logprobs, part.old_logprobs, part.mask))
         total = loss
         if config.entropy_coef:
@@ -166,9 +174,11 @@ class PPOUpdate:
         }
 
     def _summary(self, epochs: float, stopped_early: float) -> dict[str, float]:
-        mean = {name: sum(values) / len(values) for name, values in self.metrics.items()}
-        largest = max(self.metrics["ratio_max"])
-        return mean | {"ratio_max": largest, "epochs": epochs, "stopped_early": stopped_early}
+        mean = {name: sum(values) / len(values) if values else math.nan for name, values in self.metrics.items()}
+        largest = max(self.metrics["ratio_max"], default=math.nan)
+        skipped = float(self.strategy.guard.total)
+        counts = {"epochs": epochs, "stopped_early": stopped_early, "nonfinite_steps": skipped}
+        return mean | {"ratio_max": largest} | counts
 
 
 def _accumulate(sums: dict[str, Tensor], new: dict[str, Tensor]) -> None:

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
-from lightning_hybrid.rewards.distributed import agree
 from lightning_hybrid.rewards.function import RewardCallable, RewardFunction
 from lightning_hybrid.rewards.learned import LearnedReward
-from lightning_hybrid.rewards.load import load_reward_function
+from lightning_hybrid.rewards.load import load_reward_function, reward_from
+from lightning_hybrid.rewards.remote import RemoteReward
 
-__all__ = ["LearnedReward", "RewardCallable", "RewardFunction", "agree", "load_reward_function"]
+__all__ = [
+    "LearnedReward",
+    "RemoteReward",
+    "RewardCallable",
+    "RewardFunction",
+    "load_reward_function",
+    "reward_from",
+]

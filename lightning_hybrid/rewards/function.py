@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Collection, Mapping, Set
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from lightning_hybrid.errors import ConfigError, RewardError
+from lightning_hybrid.rewards.answers import is_score
+from lightning_hybrid.rewards.deadline import TookTooLong, check_seconds, within
 
 RewardCallable = Callable[[list[str], list[str]], Any]
-LARGEST = torch.finfo(torch.float32).max
 EXCERPT = 60
+T = TypeVar("T")
 
 
 class RewardFunction:
@@ -22,18 +25,30 @@ class RewardFunction:
     Numbers may be ints, floats, numpy scalars or 0-dim tensors in any sequence, or one 1-dim array or tensor. Booleans
     are refused like other non-numbers: a comparison returned by mistake looks the same as one meant as 0 and 1.
 
+    The function runs in a thread of its own, a new one for each call, so that one that hangs does not hang the run.
+
+    Args:
+        function: Takes a list of prompts and one of responses.
+        timeout_seconds: How long one call may take. ``None``: for ever, in the thread of the caller; for functions that
+            need that thread, such as those that use signals or a connection that belongs to it.
+
+    Raises:
+        ConfigError: ``function`` cannot be called, or the time limit is none.
+
     Example:
         >>> reward = RewardFunction(lambda prompts, responses: [len(r) for r in responses])
         >>> reward(["a", "b"], ["xx", "y"])
         tensor([2., 1.])
     """
 
-    def __init__(self, function: RewardCallable) -> None:
-        """Wraps ``function``; raises ConfigError if it cannot be called."""
+    def __init__(self, function: RewardCallable, timeout_seconds: float | None = 300.0) -> None:
         if not callable(function):
             raise ConfigError(f"the reward is {function!r}, which cannot be called: pass reward(prompts, responses)")
         self.function = function
         self.name: str = getattr(function, "__qualname__", type(function).__qualname__)
+        if timeout_seconds is not None:
+            check_seconds(f"reward {self.name!r}", timeout_seconds)
+        self.timeout_seconds = timeout_seconds
 
     def __call__(self, prompts: list[str], responses: list[str]) -> Tensor:
         """Scores each response.
@@ -46,28 +61,51 @@ class RewardFunction:
             Float32[B], on the CPU.
 
         Raises:
-            RewardError: The function raised, or did not return one finite number per response. The message names the
-                function, the sample, its value and the start of its prompt and response.
+            RewardError: The function raised, did not end in time, or did not return one finite number per response. The
+                message names the function, the sample, its value and the start of its prompt and response.
         """
         if len(prompts) != len(responses):
             raise RewardError(
                 f"reward {self.name!r} was given {len(prompts)} prompts and {len(responses)} responses: pass one of "
                 "each per sample"
             )
-        answer = _plain(self._call(prompts, responses))
-        self._check_sequence(answer, prompts, responses)
-        scores = [self._number(_plain(value), index, prompts, responses) for index, value in enumerate(answer)]
-        return torch.tensor(scores, dtype=torch.float32)
+        answer = self._call(prompts, responses)
+        try:
+            scores = self._scores(_plain(answer), prompts, responses)
+        except RewardError:
+            raise
+        except Exception as error:  # an answer that fails when it is read: its length, an item, its text
+            raise RewardError(
+                f"reward {self.name!r} returned {_shown(answer)}, and reading it raised {_said(error)}: "
+                f"return a list of one number per response"
+            ) from error
+        return torch.tensor(scores, dtype=torch.float32, device="cpu")
 
     def _call(self, prompts: list[str], responses: list[str]) -> Any:
+        began = time.monotonic()
         try:
-            return self.function(list(prompts), list(responses))  # copies: what it is given is its own to change
+            # copies: what it is given is its own to change
+            return _in_time(lambda: self.function(list(prompts), list(responses)), self.timeout_seconds)
+        except TookTooLong as error:
+            batch = f"{len(responses)} samples, from {_sample(0, prompts, responses)} on" if responses else "no samples"
+            raise RewardError(
+                f"reward {self.name!r} has not ended after {self.timeout_seconds:g} seconds, for {batch}: make it "
+                "faster, give it smaller batches, or raise timeout_seconds"
+            ) from error
         except Exception as error:
-            problem = f"reward {self.name!r} raised {type(error).__name__}: {error}"
-            index = self._first_raising(prompts, responses)
-            if index is None:
-                raise RewardError(f"{problem}, for {len(responses)} samples together but for none alone") from error
-            raise RewardError(f"{problem}, for {_sample(index, prompts, responses)}") from error
+            blamed = self._blamed(prompts, responses, time.monotonic() - began)
+            raise RewardError(f"reward {self.name!r} raised {_said(error)}, for {blamed}") from error
+
+    def _blamed(self, prompts: list[str], responses: list[str], spent: float) -> str:
+        """The sample for which the function raises, looked for in what is left of the time."""
+        left = None if self.timeout_seconds is None else self.timeout_seconds - spent
+        try:
+            index = _in_time(lambda: self._first_raising(prompts, responses), left)
+        except TookTooLong:
+            return f"{len(responses)} samples together; time was up before each had been tried alone"
+        if index is None:
+            return f"{len(responses)} samples together but for none alone"
+        return _sample(index, prompts, responses)
 
     def _first_raising(self, prompts: list[str], responses: list[str]) -> int | None:
         """Finds the sample to blame by calling the function on one sample after the other."""
@@ -78,13 +116,15 @@ class RewardFunction:
                 return index
         return None
 
+    def _scores(self, answer: Any, prompts: list[str], responses: list[str]) -> list[float]:
+        self._check_sequence(answer, prompts, responses)
+        return [self._number(_plain(value), index, prompts, responses) for index, value in enumerate(answer)]
+
     def _check_sequence(self, answer: Any, prompts: list[str], responses: list[str]) -> None:
         wanted = f"return one number per response, {len(responses)} in all"
         if not isinstance(answer, Collection) or isinstance(answer, str | bytes | Mapping | Set):
             where = f" for {_sample(0, prompts, responses)}" if responses else ""
-            raise RewardError(
-                f"reward {self.name!r} returned {_short(repr(answer))} ({type(answer).__name__}){where}: {wanted}"
-            )
+            raise RewardError(f"reward {self.name!r} returned {_shown(answer)}{where}: {wanted}")
         if len(answer) < len(responses):
             missing = _sample(len(answer), prompts, responses)
             raise RewardError(f"reward {self.name!r} returned {len(answer)} scores, none for {missing}: {wanted}")
@@ -92,14 +132,16 @@ class RewardFunction:
             raise RewardError(f"reward {self.name!r} returned {len(answer)} scores: {wanted}")
 
     def _number(self, value: Any, index: int, prompts: list[str], responses: list[str]) -> float:
-        shown = f"{_short(repr(value))} ({type(value).__name__})"
-        problem = f"reward {self.name!r} returned {shown} for {_sample(index, prompts, responses)}"
+        problem = f"reward {self.name!r} returned {_shown(value)} for {_sample(index, prompts, responses)}"
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise RewardError(f"{problem}: return a number, such as float(...)")
-        # A comparison with NaN is false, so NaN lands here too.
-        if not -LARGEST <= value <= LARGEST:
+        if not is_score(value):
             raise RewardError(f"{problem}: return a finite number that float32 can hold")
         return float(value)
+
+
+def _in_time(function: Callable[[], T], seconds: float | None) -> T:
+    return function() if seconds is None else within(seconds, function)
 
 
 def _plain(value: Any) -> Any:
@@ -109,6 +151,22 @@ def _plain(value: Any) -> Any:
     if isinstance(value, np.ndarray | np.generic):
         return value.tolist()
     return value
+
+
+def _shown(value: Any) -> str:
+    return f"{_short(_text(repr, value) or 'an object without a readable form')} ({type(value).__name__})"
+
+
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {_text(str, error)}"
+
+
+def _text(write: Callable[[Any], str], value: Any) -> str:
+    """A foreign object's text, such that any terminal and log file can take it; empty where writing it fails."""
+    try:
+        return write(value).encode(errors="backslashreplace").decode()
+    except Exception:  # its own affair, and not what the message is about; an int of thousands of digits fails too
+        return ""
 
 
 def _sample(index: int, prompts: list[str], responses: list[str]) -> str:

@@ -1,14 +1,29 @@
-"""A reward function by its name."""
+"""The reward of a configuration: a function by its name, an endpoint by its address."""
 
 from __future__ import annotations
 
 import importlib
 from types import ModuleType
 
+from lightning_hybrid.config import RewardSourceConfig
 from lightning_hybrid.errors import ConfigError
-from lightning_hybrid.rewards.function import RewardCallable
+from lightning_hybrid.rewards.function import RewardCallable, RewardFunction
+from lightning_hybrid.rewards.remote import RemoteReward
 
 FORMAT = '"package.module:function"'
+
+
+def reward_from(source: RewardSourceConfig) -> str | RewardFunction | RemoteReward:
+    """The reward that a configuration names, as `PPOModule` takes it: for a reward model, its path.
+
+    Raises:
+        ConfigError: The function or the endpoint cannot be used.
+    """
+    if source.url is not None:
+        return RemoteReward(source.url, source.token_variable, source.timeout_seconds, source.retries)
+    if source.function is not None:
+        return RewardFunction(load_reward_function(source.function), source.timeout_seconds)
+    return str(source.path)
 
 
 def load_reward_function(spec: str) -> RewardCallable:

@@ -39,9 +39,10 @@ class HybridPrecision(DeepSpeedPrecision):
     def optimizer_step(  # type: ignore[override]
         self, optimizer: Any, model: pl.LightningModule, closure: Callable[[], Any], **kwargs: Any
     ) -> Any:
-        """Run the closure (forward and backward), then step the optimizer's engine.
+        """Run the closure (forward and backward), then step the optimizer's engine, if all gradients are finite.
 
         Raises:
+            NonFiniteError: if too many steps in a row were skipped.
             StrategyError: for L-BFGS, and for a ``training_step`` that returned None under automatic optimization.
         """
         if isinstance(getattr(optimizer.engine, "basic_optimizer", None), LBFGS):
@@ -53,5 +54,7 @@ class HybridPrecision(DeepSpeedPrecision):
                 "training_step returned None: every rank must take part in every step's gradient reduction; "
                 "return a loss of zero, or use manual optimization"
             )
-        optimizer.engine.step(**kwargs)
+        strategy: Any = model.trainer.strategy
+        name = next(name for name, engine in strategy.engines.items() if engine is optimizer.engine)
+        strategy.guard.step(name, optimizer.engine, at=model.trainer.global_step, **kwargs)
         return result

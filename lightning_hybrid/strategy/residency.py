@@ -9,11 +9,11 @@ import torch
 from torch import nn
 
 from lightning_hybrid.config import SleepConfig
+from lightning_hybrid.engines.agreement import agree
 from lightning_hybrid.engines.belongings import Belonging, frozen_belongings, trained_belongings
 from lightning_hybrid.engines.memory import out_of_memory_in, readable, requested_bytes, resident_bytes
 from lightning_hybrid.engines.sleep import Sleeper, give_own_storage, storage_of
 from lightning_hybrid.errors import MemoryExhaustedError, StrategyError
-from lightning_hybrid.rewards import agree
 from lightning_hybrid.strategy.watch import Watch
 
 Phase = Literal["generate", "score", "train"]

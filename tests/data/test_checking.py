@@ -72,7 +72,7 @@ def test_a_value_nested_a_thousand_deep_is_still_shown():
 def test_a_margin_must_be_a_finite_number(value):
     problems = Problems("a.jsonl")
     number_field(Row({"margin": value}, "a.jsonl:1"), "margin", problems)
-    with pytest.raises(DataError, match="'margin' must be a finite number, found"):
+    with pytest.raises(DataError, match="'margin' must be a finite number that float32 can hold, found"):
         problems.raise_if_any()
 
 

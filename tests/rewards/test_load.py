@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from lightning_hybrid.config import RewardSourceConfig
 from lightning_hybrid.errors import ConfigError
-from lightning_hybrid.rewards import RewardFunction, load_reward_function
+from lightning_hybrid.rewards import RemoteReward, RewardFunction, load_reward_function, reward_from
 
 
 @pytest.fixture
@@ -55,3 +56,16 @@ def test_a_missing_name_lists_what_is_there(module: str) -> None:
 def test_a_name_that_cannot_be_called_is_refused(module: str) -> None:
     with pytest.raises(ConfigError, match="is 3, which cannot be called"):
         load_reward_function(f"{module}.good:LIMIT")
+
+
+def test_a_configuration_names_a_path_a_function_or_an_endpoint_with_its_limits(module: str) -> None:
+    assert reward_from(RewardSourceConfig(path="a/reward/model")) == "a/reward/model"
+    function = reward_from(RewardSourceConfig(function=f"{module}.good:length", timeout_seconds=3.0))
+    assert isinstance(function, RewardFunction)
+    assert function.timeout_seconds == 3.0
+    assert function(["a"], ["four"]).tolist() == [4.0]
+    endpoint = reward_from(RewardSourceConfig(url="https://scores.example", timeout_seconds=4.0, retries=2))
+    assert isinstance(endpoint, RemoteReward)
+    assert (endpoint.timeout_seconds, endpoint.retries) == (4.0, 2)
+    with pytest.raises(ConfigError, match="'NO_SUCH_TOKEN', but the environment has no such variable"):
+        reward_from(RewardSourceConfig(url="https://scores.example", token_variable="NO_SUCH_TOKEN"))

@@ -8,8 +8,9 @@ import torch
 import torch.distributed as dist
 from torch import multiprocessing
 
+from lightning_hybrid.engines.agreement import agree
 from lightning_hybrid.errors import RewardError
-from lightning_hybrid.rewards import RewardFunction, agree
+from lightning_hybrid.rewards import RewardFunction
 
 
 def score(prompts: list[str], responses: list[str]) -> list[float]:

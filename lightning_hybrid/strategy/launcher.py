@@ -1,0 +1,60 @@
+"""Starting the other ranks of this machine, and saying how one of them ended."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+from lightning.fabric.utilities.distributed import _set_num_threads_if_needed
+from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
+from typing_extensions import override
+
+INTERVAL = 0.5
+GRACE = 60.0  # seconds for this rank to end by its own error after another one failed
+
+
+class WatchedLauncher(_SubprocessScriptLauncher):
+    """Lightning's own, but this process is not killed within seconds of another rank's end: it may say what happened.
+
+    Attributes:
+        exits: by rank, how a process started here failed.
+    """
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.exits: dict[int, str] = {}
+
+    @override
+    def launch(self, function: Callable[..., Any], *args: Any, trainer: Any = None, **kwargs: Any) -> Any:
+        self.cluster_environment.validate_settings(num_devices=self.num_processes, num_nodes=self.num_nodes)
+        if not self.cluster_environment.creates_processes_externally:
+            self._call_children_scripts()
+            first = self.cluster_environment.node_rank() * self.num_processes + 1
+            threading.Thread(target=_observe, args=(self.procs, first, self.exits), daemon=True).start()
+        _set_num_threads_if_needed(num_processes=self.num_processes)
+        return function(*args, **kwargs)
+
+
+def _observe(processes: list[subprocess.Popen[bytes]], first: int, exits: dict[int, str]) -> None:
+    """Note how processes fail; after the first one, this process and all others have :data:`GRACE` to end."""
+    while not exits:
+        time.sleep(INTERVAL)
+        codes = [process.poll() for process in processes]
+        exits.update({first + i: _how(code) for i, code in enumerate(codes) if code})
+        if all(code == 0 for code in codes):
+            return
+    said = "; ".join(f"rank {rank} {how}" for rank, how in exits.items())
+    os.write(2, f"lightning-hybrid: {said}\n".encode())
+    time.sleep(GRACE)
+    for process in processes:
+        process.kill()
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _how(code: int) -> str:
+    return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
