@@ -78,9 +78,11 @@ def make_trainer(run: Run, stage: str, export: HFExport, callbacks: Sequence[Cal
     own = [*_standard_callbacks(run, stage), *exports, *callbacks, StopOnSignal(folder)]
     arguments = {name: value for name, value in run.trainer.model_dump().items() if value is not None}
     arguments.setdefault("max_epochs", -1)
+    strategy = make_strategy(run.strategy)
+    strategy.run_config = run.model_dump(mode="json")
     return L.Trainer(
         **arguments,
-        strategy=make_strategy(run.strategy),
+        strategy=strategy,
         logger=_make_logger(run.logger, run.output_dir),
         callbacks=own,
         default_root_dir=run.output_dir,

@@ -7,8 +7,18 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
-from typing import Any
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    PositiveInt,
+    ValidationError,
+)
 
 from lightning_hybrid.errors import CheckpointError
 
@@ -16,6 +26,35 @@ MANIFEST = "manifest.json"
 FORMAT = 1
 PACKAGES = ("lightning-hybrid", "lightning", "torch", "deepspeed", "transformers", "peft")
 BLOCK = 1 << 22
+LONGEST = 200
+
+
+def _inside(path: str) -> str:
+    """A path that stays in the checkpoint's folder."""
+    parts = PurePosixPath(path).parts
+    if not parts or PurePosixPath(path).is_absolute() or ".." in parts or "\0" in path:
+        raise ValueError("leads out of the folder")
+    return path
+
+
+class _File(BaseModel):
+    size: NonNegativeInt
+    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+
+
+class _Content(BaseModel):
+    """What a manifest must hold for a reader to rely on it."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    global_step: NonNegativeInt
+    ranks: PositiveInt
+    stage: Annotated[int, Field(ge=0, le=3)]
+    engines: list[str]
+    loaders: NonNegativeInt
+    frozen: dict[str, Literal["value"] | dict[str, str]]
+    config: dict[str, Any] | None
+    files: dict[Annotated[str, AfterValidator(_inside)], _File]
 
 
 @dataclass(frozen=True)
@@ -84,6 +123,12 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"'{path}' is not what was written: its digest differs")
     if content.get("format") != FORMAT:
         raise CheckpointError(f"'{path}' has format {content.get('format')!r}; this version reads format {FORMAT}")
+    try:
+        _Content.model_validate(content)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        where = ".".join(map(str, first["loc"]))[:LONGEST].encode(errors="backslashreplace").decode()
+        raise CheckpointError(f"'{path}' is no manifest: {where}: {first['msg']}") from error
     return content
 
 

@@ -88,13 +88,17 @@ class Stretches:
     """
 
     def __init__(self, paths: Iterable[Path]) -> None:
-        self._files = [_opened(path) for path in paths]
+        self._files: list[Any] = []
         self._where: dict[str, list[tuple[int, int, int]]] = defaultdict(list)
-        for index, file in enumerate(self._files):
-            starts = json.loads((file.metadata() or {}).get(STARTS, "{}"))
-            for name, start in starts.items():
-                (numel,) = file.get_slice(name).get_shape()
-                self._where[name].append((start, numel, index))
+        for index, path in enumerate(paths):
+            file = _opened(path)
+            self._files.append(file)
+            try:
+                for name, start in json.loads((file.metadata() or {}).get(STARTS, "{}")).items():
+                    (numel,) = file.get_slice(name).get_shape()
+                    self._where[name].append((int(start), numel, index))
+            except (AttributeError, TypeError, ValueError, SafetensorError) as error:
+                raise CheckpointError(f"'{path}' does not say where its tensors lie: {error}") from error
 
     def __contains__(self, name: str) -> bool:
         return name in self._where

@@ -81,6 +81,9 @@ class HybridDeepSpeedStrategy(DeepSpeedStrategy):
 
     strategy_name = "hybrid_deepspeed"
 
+    run_config: dict[str, Any] | None = None
+    """what checkpoints record as the run's configuration"""
+
     def __init__(
         self,
         stage: int = 2,
@@ -110,7 +113,6 @@ class HybridDeepSpeedStrategy(DeepSpeedStrategy):
         self.engines: dict[str, DeepSpeedEngine] = {}
         self.frozen: dict[str, nn.Module] = {}
         self.residency = Residency(self.engines, self.frozen)
-        self.run_config: dict[str, Any] | None = None
         self._progress: Progress | None = None
         self._checkpoints: RunCheckpoints | None = None
         self._set_local_rank = False

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from lightning_hybrid import HybridDeepSpeedStrategy
 from tests.checkpoint.runs import SaveAt, ppo, prompt_file, strategy, train
 
 STEPS = 7
@@ -101,3 +102,35 @@ def test_two_ranks_resume_as_if_uninterrupted(
 def test_so_it_is_with_everything_asleep_that_may(tmp_path: Path) -> None:
     asleep = ("optimizer", "gradients", "master_weights", "weights", "kv_cache", "frozen_models")
     assert_resumes_exactly(tmp_path, 2, False, "bf16-mixed", sleep=dict.fromkeys(asleep, True))
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+@pytest.mark.parametrize("stage", [2, pytest.param(3, marks=pytest.mark.slow)])
+def test_two_runs_of_one_configuration_write_the_same_bytes(tmp_path: Path, stage: int) -> None:
+    data = prompt_file(tmp_path)
+    for name in ("one", "other"):
+        saves = (SaveAt((3,), tmp_path / name),)
+        train(ppo(), data, 3, strategy(stage), saves, deterministic=True)
+    assert contents(tmp_path / "one") == contents(tmp_path / "other")
+    assert len(contents(tmp_path / "one")) > 5
+
+
+def test_so_it_is_with_fp32_gradients_under_bf16_weights(tmp_path: Path) -> None:
+    """DeepSpeed takes another optimizer wrapper then, which keeps things under other names."""
+    config = {"data_types": {"grad_accum_dtype": "fp32"}}
+    data = prompt_file(tmp_path)
+    whole, weights = train(
+        ppo(),
+        data,
+        5,
+        HybridDeepSpeedStrategy(stage=1, config=config),
+        (SaveAt((2,), tmp_path),),
+        precision="bf16-mixed",
+    )
+    plugin = HybridDeepSpeedStrategy(stage=1, config=config)
+    rest, resumed = train(ppo(), data, 5, plugin, resume=tmp_path / "step=2.ckpt", precision="bf16-mixed")
+    assert rest == {step: whole[step] for step in (3, 4, 5)}
+    assert torch.equal(resumed, weights)
