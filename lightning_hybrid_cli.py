@@ -17,6 +17,7 @@ COMMANDS = {
     "sft": "supervised fine-tuning of a model on texts or on prompts with responses",
     "reward": "a reward model from preferences",
     "ppo": "train a policy against a reward model or a Python function",
+    "plan": "what memory ppo with the same settings takes, and which settings make it fit",
 }
 
 _HELP = """usage: lightning-hybrid COMMAND [key=value ...] [-m] [--cfg job] [--help]
@@ -28,6 +29,7 @@ examples:
   lightning-hybrid quickstart
   lightning-hybrid ppo experiment=movie_sentiment/ppo algorithm.kl_coef=0.02
   lightning-hybrid ppo experiment=movie_sentiment/ppo algorithm.kl_coef=0.01,0.05 -m    one run for each value
+  lightning-hybrid plan experiment=movie_sentiment/ppo                                  its memory, before it starts
   lightning-hybrid ppo --help                                                           all settings and choices
 """
 

@@ -22,14 +22,15 @@ STOREYS = (
     "containers",
     "generation",
     "engines",
+    "checkpoint",
     "rollout",
     "data",
     "rewards",
-    "checkpoint",
     "strategy",
     "modules",
     "callbacks",
     "report",
+    "plan",
     "assemble",
 )
 MAY_IMPORT = FOUNDATION | {room: {*FOUNDATION, *STOREYS[:height]} for height, room in enumerate(STOREYS)}

@@ -17,6 +17,7 @@ from lightning_hybrid.config.groups import (
     StrategyConfig,
     TrainerConfig,
 )
+from lightning_hybrid.config.plan import PlanRun
 from lightning_hybrid.config.roots import PPORun, QuickstartRun, RewardRun, Run, SFTRun, StageOverrides
 from lightning_hybrid.config.settings import Settings
 from lightning_hybrid.config.validate import validate
@@ -33,6 +34,7 @@ __all__ = [
     "PPOConfig",
     "PPOModelConfig",
     "PPORun",
+    "PlanRun",
     "PreferenceDataConfig",
     "PromptDataConfig",
     "QuickstartRun",

@@ -54,7 +54,7 @@ def test_unknown_command_is_refused_with_the_nearest_one() -> None:
 
 
 def test_unlike_command_is_refused_with_all_of_them() -> None:
-    assert "There are: quickstart, sft, reward, ppo." in call("zzz").stderr
+    assert "There are: quickstart, sft, reward, ppo, plan." in call("zzz").stderr
 
 
 def test_every_command_has_its_recipe() -> None:

@@ -11,6 +11,7 @@ from omegaconf import OmegaConf
 from lightning_hybrid.config import (
     DataConfig,
     InstructionDataConfig,
+    PlanRun,
     PPORun,
     PreferenceDataConfig,
     PromptDataConfig,
@@ -23,11 +24,18 @@ from lightning_hybrid.config import (
 from lightning_hybrid.config.run import compose_run
 from lightning_hybrid.paths import conf_dir
 
-SCHEMAS: dict[str, type[Settings]] = {"sft": SFTRun, "reward": RewardRun, "ppo": PPORun, "quickstart": QuickstartRun}
+SCHEMAS: dict[str, type[Settings]] = {
+    "sft": SFTRun,
+    "reward": RewardRun,
+    "ppo": PPORun,
+    "plan": PlanRun,
+    "quickstart": QuickstartRun,
+}
 NEEDED = {
     "sft": ["model.path=a-model", "data.path=rows.jsonl"],
     "reward": ["model.path=a-model", "data.path=rows.jsonl"],
     "ppo": ["model.path=a-model", "data.path=rows.jsonl", "reward.path=a-reward-model"],
+    "plan": ["model.path=a-model"],
     "quickstart": [],
 }
 # The recipe to which a choice of these groups belongs; the choices of the other groups serve all recipes.

@@ -1,0 +1,85 @@
+"""The plan: the phases of an iteration, each at the moment when it holds most."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from lightning_hybrid.config.plan import PlanRun
+from lightning_hybrid.plan.generation import (
+    Cache,
+    cache_of,
+    drawing_tokens,
+    extra_weight_bytes,
+    reading_prompts,
+    tokens_seen,
+)
+from lightning_hybrid.plan.held import HOST, Held, Moment, moment
+from lightning_hybrid.plan.passes import scoring, training
+from lightning_hybrid.plan.setup import Setup, device_bytes
+from lightning_hybrid.plan.weights import GENERATE, SCORE, TRAIN, at_rest
+
+PHASES = (GENERATE, SCORE, TRAIN)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run takes.
+
+    Attributes:
+        setup: of the run.
+        device: bytes of one device.
+        cache: of generation.
+        moments: of each phase, in order.
+    """
+
+    setup: Setup
+    device: int
+    cache: Cache
+    moments: dict[str, tuple[Moment, ...]]
+
+    @cached_property
+    def peaks(self) -> dict[str, Moment]:
+        """Of each phase, when the device holds most."""
+        return {phase: max(moments, key=Moment.bytes) for phase, moments in self.moments.items()}
+
+    @property
+    def peak(self) -> int:
+        """Bytes of the device in the phase that takes most."""
+        return max(moment.bytes() for moment in self.peaks.values())
+
+    @property
+    def host(self) -> int:
+        """Bytes that one rank holds in the host's memory, at most, beside what its process takes."""
+        return max(moment.bytes(where=HOST) for moments in self.moments.values() for moment in moments)
+
+    @property
+    def fits(self) -> bool:
+        """Whether every phase fits the device."""
+        return self.peak <= self.device
+
+
+def make_plan(run: PlanRun) -> Plan:
+    """Plan a run, in the state that it has once optimizers have taken their first step.
+
+    Raises:
+        ConfigError: for a model whose configuration cannot be read, or a device that is not here.
+    """
+    setup = Setup(run)
+    device = device_bytes(setup)
+    generate = at_rest(setup, GENERATE, {"actor"})
+    extra = Held("actor", "weights", extra_weight_bytes(setup, setup.networks["actor"]))
+    cache = cache_of(setup, device - moment("", generate, [extra]).bytes())
+    kept = [Held("actor", "KV cache", cache.bytes), *tokens_seen(setup, cache)]
+    generate = [*generate, extra, *kept]
+    if run.strategy.sleep.kv_cache:
+        kept = []
+    moments = {
+        GENERATE: (
+            moment("reading prompts", generate, reading_prompts(setup, cache)),
+            moment("drawing tokens", generate, drawing_tokens(setup, cache)),
+        ),
+        SCORE: tuple(scoring(setup, kept)),
+        TRAIN: tuple(training(setup, [] if run.strategy.hybrid_engine.release_inference_cache else kept)),
+    }
+    return Plan(setup, device, cache, moments)
