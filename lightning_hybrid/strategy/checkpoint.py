@@ -137,8 +137,10 @@ class RunCheckpoints:
 
     def _frozen(self) -> dict[str, nn.Module]:
         """Everything that holds weights which nothing trains, by name: frozen models, and bases under adapters."""
+        module = self.strategy.lightning_module
+        assert module is not None
         trained = {name: engine.module for name, engine in self.strategy.engines.items()}
-        frozen = {name: self.strategy._submodule(name) for name in self.strategy.frozen}
+        frozen = {name: module.get_submodule(name) for name in self.strategy.frozen}
         return {name or "module": m for name, m in (trained | frozen).items() if frozen_parameters(m)}
 
     def _fingerprint(self, name: str, module: nn.Module) -> dict[str, str]:

@@ -19,15 +19,15 @@ from lightning.pytorch.strategies.strategy import Strategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import nn
 from torch.distributed import default_pg_timeout
-from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_hybrid.config import CheckpointConfig, SleepConfig
-from lightning_hybrid.engines import EngineOptimizer, build_engine, build_evaluation_engine, engine_config
+from lightning_hybrid.engines import engine_config
 from lightning_hybrid.engines.config import merged
 from lightning_hybrid.engines.environment import forget_process_groups, prepare_deepspeed
 from lightning_hybrid.engines.guard import StepGuard
 from lightning_hybrid.errors import StrategyError
+from lightning_hybrid.strategy.building import build_frozen, build_trained, specs_of
 from lightning_hybrid.strategy.checkpoint import RunCheckpoints, load_modules, state_outside_engines
 from lightning_hybrid.strategy.counting import counted_as_one
 from lightning_hybrid.strategy.devices import place_outside, refuse_unsuitable_device
@@ -246,42 +246,17 @@ class HybridDeepSpeedStrategy(DeepSpeedStrategy):
         self.residency.enter(None)
 
     def _build_engines(self, fitting: bool) -> None:
-        specs = self._specs()
-        for name, spec in specs.items():
-            if spec.kind == "frozen":
-                self._submodule(name).requires_grad_(False).eval()
-        owners = self._owners(specs) if fitting else []
-        frozen = {name: self._submodule(name) for name, spec in specs.items() if spec.kind == "frozen" or not fitting}
-        if not fitting and not specs:
-            frozen = {"": self._submodule("")}
-        for name, module in frozen.items():
-            config = self.engine_config(specs.get(name))
-            config.pop("hybrid_engine", None)
-            self.frozen[name] = build_evaluation_engine(module, config, self.root_device)
-        optimizers: list[Optimizer] = [self._build_engine(owner) for owner in owners]
+        module = self.lightning_module
+        assert module is not None
+        specs = specs_of(module)
+        owners: list[Owner] = []
         if fitting:
-            self.optimizers = optimizers
-
-    def _build_engine(self, owner: Owner) -> EngineOptimizer:
-        params = [list(group["params"]) for group in owner.optimizer.param_groups]
-        hybrid = owner.spec.kind == "hybrid"
-        config = self.engine_config(owner.spec)
-        engine = build_engine(owner.module, owner.optimizer, config, hybrid=hybrid, device=self.root_device)
-        self.engines[owner.name] = engine
-        return EngineOptimizer(engine, params)
-
-    def _specs(self) -> dict[str, EngineSpec]:
-        configure = getattr(self.lightning_module, "configure_engines", None)
-        return dict(configure()) if configure is not None else {}
-
-    def _submodule(self, name: str) -> nn.Module:
-        assert self.lightning_module is not None
-        return self.lightning_module.get_submodule(name)
-
-    def _owners(self, specs: dict[str, EngineSpec]) -> list[Owner]:
-        assert self.lightning_module is not None
-        optimizers, self.lr_scheduler_configs = _init_optimizers_and_lr_schedulers(self.lightning_module)
-        return assign_owners(self.lightning_module, optimizers, specs)
+            optimizers, self.lr_scheduler_configs = _init_optimizers_and_lr_schedulers(module)
+            owners = assign_owners(module, optimizers, specs)
+        self.frozen = build_frozen(module, specs, self.engine_config, self.root_device, fitting=fitting)
+        self.engines, trained = build_trained(owners, self.engine_config, self.root_device)
+        if fitting:
+            self.optimizers = list(trained)
 
     @contextmanager
     @override
