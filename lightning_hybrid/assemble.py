@@ -26,6 +26,7 @@ from lightning_hybrid.callbacks import (
 )
 from lightning_hybrid.checkpoint import newest_complete
 from lightning_hybrid.config import DataConfig, LoggerConfig, ModelConfig, Run, StrategyConfig
+from lightning_hybrid.errors import CheckpointError
 from lightning_hybrid.models import Policy, ScalarModel, build_policy, load_tokenizer, max_positions
 from lightning_hybrid.modules import roles
 from lightning_hybrid.strategy import STRATEGIES, HybridDeepSpeedStrategy
@@ -118,7 +119,13 @@ def resolve_checkpoint(run: Run) -> Path | str | None:
         return newest
     if run.ckpt_path != "last":
         return run.ckpt_path
-    rank_zero_warn(f"no complete checkpoint in {_checkpoints_folder(run)}: starting anew")
+    left = sorted(path.name for path in _checkpoints_folder(run).glob("*.ckpt") if path.is_dir())
+    if left:
+        raise CheckpointError(
+            f"no checkpoint in '{_checkpoints_folder(run)}' is complete ({', '.join(left)}): give ckpt_path=null to "
+            "start anew, which drops what was logged, or another folder as output_dir"
+        )
+    rank_zero_warn(f"no checkpoint in {_checkpoints_folder(run)}: starting anew")
     return None
 
 

@@ -51,13 +51,14 @@ if torch.distributed.is_initialized():
 
 @pytest.fixture(autouse=True)
 def isolated_launch() -> Iterator[None]:
-    """No test sees the launch variables or the process group of another one."""
+    """No test sees the launch variables, the process group or the deterministic mode of another one."""
     before = {key: value for key, value in os.environ.items() if key not in LAUNCH_VARIABLES}
     os.environ.clear()
     os.environ.update(before)
     yield
     os.environ.clear()
     os.environ.update(before)
+    torch.use_deterministic_algorithms(False)
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 

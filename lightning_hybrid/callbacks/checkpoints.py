@@ -107,11 +107,17 @@ class Checkpoints(ModelCheckpoint):
     def _link_checkpoint(trainer: L.Trainer, filepath: str, linkpath: str) -> None:
         """Replace the link in one step: Lightning removes the old one first, and a kill in between would lose both."""
         if trainer.is_global_zero and os.path.abspath(filepath) != os.path.abspath(linkpath):
-            try:
-                replace_link(Path(linkpath), os.path.relpath(filepath, os.path.dirname(linkpath)))
-            except OSError as error:
-                rank_zero_warn(f"no link {linkpath} to the last checkpoint: {error}; 'ckpt_path=last' finds it without")
+            # Not to one that a thread is still writing.
+            when_complete: Any = getattr(trainer.strategy, "when_checkpoint_complete", lambda act: act())
+            when_complete(lambda: _link(filepath, linkpath))
         trainer.strategy.barrier()
+
+
+def _link(filepath: str, linkpath: str) -> None:
+    try:
+        replace_link(Path(linkpath), os.path.relpath(filepath, os.path.dirname(linkpath)))
+    except OSError as error:
+        rank_zero_warn(f"no link {linkpath} to the last checkpoint: {error}; 'ckpt_path=last' finds it without")
 
 
 def replace_link(link: Path, target: str) -> None:

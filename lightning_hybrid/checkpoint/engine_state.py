@@ -136,8 +136,8 @@ def _plain_number(value: Any) -> Any:
     return {TENSOR: value.item()} if isinstance(value, Tensor) else value
 
 
-def _number(value: Any) -> Any:
-    return torch.tensor(value[TENSOR], dtype=torch.float32) if isinstance(value, dict) else value
+def _number(value: Any, device: torch.device | None) -> Any:
+    return torch.tensor(value[TENSOR], dtype=torch.float32, device=device) if isinstance(value, dict) else value
 
 
 def _loss_scale(engine: DeepSpeedEngine) -> dict[str, Any]:
@@ -184,12 +184,18 @@ def _restore_flat(engine: DeepSpeedEngine, flat: FlatTensor, stretches: Stretche
     if not keys and not any(numbers):
         engine.basic_optimizer.state.pop(flat.values, None)
         return
-    state = {key: torch.zeros_like(flat.values, requires_grad=False) for key in sorted(keys)}
+    state = {
+        key: torch.zeros_like(flat.values, dtype=stretches.dtype(f"{names[0]}:{key}"), requires_grad=False)
+        for key in sorted(keys)
+    }
     for key, values in state.items():
         for piece in flat.pieces:
             _fill(values, piece, stretches, key, engine)
     _refuse_numbers_that_differ(names, numbers)
-    single = {key: _number(value) for key, value in numbers[0].items()}
+    group = engine.basic_optimizer.param_groups[flat.group]
+    # Where a kernel reads the step, it reads it on the device.
+    device = flat.values.device if group.get("fused") or group.get("capturable") else None
+    single = {key: _number(value, device) for key, value in numbers[0].items()}
     engine.basic_optimizer.state[flat.values] = single | state
 
 

@@ -42,11 +42,16 @@ def complete(target: Path) -> None:
     replaced = target.with_name(f"{target.stem}{REPLACED}{target.suffix}")
     if target.is_symlink() or target.is_file():
         target.unlink()
-    shutil.rmtree(replaced, ignore_errors=True)
     if target.exists():
+        shutil.rmtree(replaced, ignore_errors=True)  # not before: it may be the only complete one
         target.rename(replaced)
-    beside(target).rename(target)
-    _sync(target.parent)
+    try:
+        beside(target).rename(target)
+    except OSError:
+        if replaced.exists():
+            replaced.rename(target)
+        raise
+    sync(target.parent)
     shutil.rmtree(replaced, ignore_errors=True)
 
 
@@ -113,9 +118,9 @@ def _tag(target: Path) -> str:
     return hashlib.sha256(target.name.encode()).hexdigest()[:12]
 
 
-def _sync(folder: Path) -> None:
-    """Make the renames last, also when the machine stops."""
-    handle = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Make what was written to a file, or renamed in a folder, last when the machine stops."""
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_hybrid.checkpoint.streams import capture_streams, generators_of, restore_streams
+from lightning_hybrid.checkpoint.streams import capture_streams, generators_of, restore_generators, restore_streams
 from lightning_hybrid.errors import CheckpointError
 
 EPOCH, NOW = "epoch/", "now/"
 
 
+@dataclass(frozen=True)
 class Position:
     """Where in an epoch a run stands, and where its random streams stood there.
 
@@ -21,18 +23,19 @@ class Position:
         batches: of the epoch that are done.
         epoch: the streams when the epoch began, which decide its order.
         now: the streams before the next batch is fetched; empty where a process keeps its own.
+        ended: the epoch is over, however many batches its loader has left.
     """
 
-    def __init__(self, batches: int, epoch: dict[str, Tensor], now: dict[str, Tensor]) -> None:
-        self.batches = batches
-        self.epoch = epoch
-        self.now = now
+    batches: int
+    epoch: dict[str, Tensor]
+    now: dict[str, Tensor]
+    ended: bool = False
 
     def tensors(self) -> dict[str, Tensor]:
         """As one dictionary."""
         named = {f"{EPOCH}{key}": value for key, value in self.epoch.items()}
         named |= {f"{NOW}{key}": value for key, value in self.now.items()}
-        return named | {"batches": torch.tensor([self.batches])}
+        return named | {"batches": torch.tensor([self.batches, self.ended])}
 
     @classmethod
     def from_tensors(cls, tensors: dict[str, Tensor]) -> Position:
@@ -41,7 +44,8 @@ class Position:
             prefix: {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
             for prefix in (EPOCH, NOW)
         }
-        return cls(int(tensors["batches"]), parts[EPOCH], parts[NOW])
+        batches, ended = tensors["batches"].tolist()
+        return cls(batches, parts[EPOCH], parts[NOW], bool(ended))
 
 
 class ResumableLoader:
@@ -80,25 +84,26 @@ class ResumableLoader:
         self.loader.worker_init_fn = function
 
     def __iter__(self) -> Iterator[Any]:
-        """Begin an epoch, or go on with one."""
+        """Begin an epoch, or go on with one; not before the first batch is asked for: what begins with it may draw."""
         resume, self._resume = self._resume, None
-        if resume is not None and resume.batches < len(self.loader):
-            return self._resumed(resume)
+        if resume is not None and not resume.ended:
+            yield from self._counted(self._resumed(resume))
+            return
         if resume is not None and resume.now:
-            restore_streams(resume.now, self._generators)
+            restore_generators(resume.now, self._generators)
         self._epoch, self._fetched = capture_streams(self._generators), 0
-        return self._counted(iter(self.loader))
+        yield from self._counted(iter(self.loader))
 
     def _resumed(self, position: Position) -> Iterator[Any]:
-        """Not before the first batch is asked for: what else begins with a run may draw, too."""
+        """The rest of an epoch."""
         self._epoch, self._fetched = position.epoch, position.batches
         own = capture_streams(self._generators)
         restore_streams(position.epoch, self._generators)
-        batches = iter(self.loader)
+        batches: Iterator[Any] = iter(self.loader)
         for _ in range(position.batches):
             next(batches)
         restore_streams(position.now or own, self._generators)
-        yield from self._counted(batches)
+        return batches
 
     def _counted(self, batches: Iterator[Any]) -> Iterator[Any]:
         while True:
@@ -119,20 +124,22 @@ class ResumableLoader:
 
     # ---- position ----------------------------------------------------------------------------------------------------
 
-    def position(self, *, finished: bool) -> Position:
+    def position(self, *, finished: bool, ended: bool = False) -> Position:
         """Where a checkpoint written now says that the run stands.
 
         Args:
             finished: nothing is in the middle: neither a batch nor an accumulation.
+            ended: the epoch is over.
         """
         if finished:
-            return Position(self._fetched, self._epoch, capture_streams(self._generators))
+            nothing_begun = not self._epoch
+            return Position(self._fetched, self._epoch, capture_streams(self._generators), ended or nothing_begun)
         if self._boundary is None:
             raise CheckpointError("nothing to go on from: no batch has been fetched yet")
         return self._boundary
 
     def resume_at(self, position: Position) -> None:
-        """Begin the next epoch at a position; one at the epoch's end begins the epoch after it."""
+        """Begin at a position; one at an epoch's end begins the epoch after it, from the process's own streams."""
         self._resume = position
 
     # Lightning takes a loader with these two for one that knows where it was, and leaves it alone.

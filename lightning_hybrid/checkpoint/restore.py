@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import nn
 
 from lightning_hybrid.checkpoint import folder as folders
 from lightning_hybrid.checkpoint.engine_state import WEIGHT
+from lightning_hybrid.checkpoint.fragments import shape_of
 from lightning_hybrid.checkpoint.loader import Position
 from lightning_hybrid.checkpoint.manifest import entries, problem_of, read_manifest
 from lightning_hybrid.checkpoint.tensors import Stretches, read_tensors
@@ -50,6 +52,7 @@ class Checkpoint:
         except Exception as error:
             result = error
         self.manifest: dict[str, Any] = agree(result, "reading the checkpoint", CheckpointError)
+        self._refuse_several()
 
     def _checked(self) -> dict[str, Any]:
         try:
@@ -61,6 +64,15 @@ class Checkpoint:
         if found:
             raise folders.refused(self.folder, "; ".join(found[:5]))
         return manifest
+
+    def _refuse_several(self) -> None:
+        """Ranks look for themselves, and a folder that they share may not look the same to all at once."""
+        if _ranks() == 1:
+            return
+        read: list[Any] = [None] * _ranks()
+        torch.distributed.all_gather_object(read, (str(self.folder), self.manifest["global_step"]))
+        if len({step for _, step in read}) > 1:
+            raise CheckpointError(f"ranks read different checkpoints: {read}; give ckpt_path as the path of one")
 
     @property
     def ranks(self) -> int:
@@ -90,8 +102,10 @@ class Checkpoint:
         for index in range(int(self.manifest["loaders"])):
             prefix = f"{index}/"
             own = {key.removeprefix(prefix): v for key, v in tensors.items() if key.startswith(prefix)}
+            if "batches" not in own:
+                raise CheckpointError(f"checkpoint '{self.folder}' has no position of loader {index}")
             position = Position.from_tensors(own)
-            positions.append(position if same else Position(position.batches, position.epoch, {}))
+            positions.append(position if same else replace(position, now={}))
         return positions
 
     def lightning_state(self, weights_only: bool = True) -> dict[str, Any]:
@@ -112,10 +126,21 @@ class Checkpoint:
 
 
 def load_weights(checkpoint: Checkpoint, name: str, module: nn.Module) -> None:
-    """Fill a plain module with the weights of an engine, to evaluate it."""
-    stretches = checkpoint.stretches(engine_folder(name))
+    """Fill a plain module with the weights of an engine, to evaluate it.
+
+    Raises:
+        CheckpointError: if it lacks a trained parameter of the engine, or has it in another shape.
+    """
+    stretches, saved = checkpoint.stretches(engine_folder(name)), checkpoint.summary(name)["parameters"]
+    own = dict(module.named_parameters())
+    wrong = sorted(key for key, shape in saved.items() if key not in own or shape_of(own[key]) != shape)
+    if wrong:
+        raise CheckpointError(
+            f"checkpoint '{checkpoint.folder}' is of another model: {name or 'the module'} has no {wrong[0]!r} of "
+            f"shape {saved[wrong[0]]}, nor {len(wrong) - 1} more of its parameters"
+        )
     with torch.no_grad():
-        for key, parameter in module.named_parameters():
+        for key, parameter in own.items():
             if f"{key}:{WEIGHT}" in stretches:
                 values = stretches.whole(f"{key}:{WEIGHT}", parameter.numel())
                 parameter.copy_(values.view(parameter.shape))

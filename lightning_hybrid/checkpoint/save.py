@@ -9,14 +9,16 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from lightning_hybrid.checkpoint import folder as folders
-from lightning_hybrid.checkpoint.manifest import FileEntry, problem_of, write_manifest
+from lightning_hybrid.checkpoint.manifest import MANIFEST, FileEntry, problem_of, write_manifest
 from lightning_hybrid.checkpoint.tensors import write_tensors
 from lightning_hybrid.engines.agreement import agree
 from lightning_hybrid.errors import CheckpointError
@@ -66,7 +68,7 @@ class CheckpointWriter:
         self.timeout = timeout
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
-        self._due: list[Path] = []
+        self._due: list[Callable[[], None]] = []
         self._stop = threading.Event()
         self._swept: set[Path] = set()
 
@@ -101,8 +103,8 @@ class CheckpointWriter:
         error, self._error = self._error, None
         due, self._due = self._due, []
         agree(error if error is not None else True, "writing the checkpoint", CheckpointError)
-        for path in due:
-            _remove(path)
+        for act in due:
+            act()
 
     def abandon(self, grace: float) -> None:
         """Give the checkpoint that is being written ``grace`` seconds to become complete; then leave it incomplete."""
@@ -113,12 +115,16 @@ class CheckpointWriter:
         self._thread.join()
         self._thread = None
 
-    def remove(self, path: Path) -> None:
-        """Remove a checkpoint; not before the one that is being written is complete."""
+    def when_complete(self, act: Callable[[], None]) -> None:
+        """Do something, but not before the checkpoint that is being written is complete; never where it failed."""
         if self._thread is not None:
-            self._due.append(path)
+            self._due.append(act)
         else:
-            _remove(path)
+            act()
+
+    def remove(self, path: Path) -> None:
+        """Remove a checkpoint, but not before the one that is being written is complete."""
+        self.when_complete(partial(_remove, path))
 
     def _begin(self, target: Path) -> None:
         if _rank() != 0:
@@ -153,6 +159,8 @@ class CheckpointWriter:
             for rank in [r for r in missing if (folder / f"{r:05d}.json").exists()]:
                 reports[rank] = json.loads((folder / f"{rank:05d}.json").read_text(encoding="utf-8"))
                 missing.remove(rank)
+            if not folder.parent.is_dir():  # another rank could not even leave its report
+                raise CheckpointError(f"another rank gave up writing '{folder.parent}'; its own message says why")
             if missing and (time.monotonic() > deadline or self._stop.wait(POLL_SECONDS)):
                 raise CheckpointError(f"ranks {sorted(missing)} did not write their files in time")
         failed = [report for report in reports.values() if isinstance(report, str)]
@@ -171,6 +179,7 @@ def _write(folder: Path, part: Part) -> list[FileEntry]:
         with _naming(folder / path):
             (folder / path).parent.mkdir(parents=True, exist_ok=True)
             write(folder / path)
+            folders.sync(folder / path)
             entries.append(FileEntry.of(folder, path))
     return entries
 
@@ -205,8 +214,11 @@ def _finish(target: Path, entries: list[list[FileEntry]], part: Part) -> None:
             "use a folder that all machines share"
         )
     shutil.rmtree(folder / PARTS, ignore_errors=True)
-    with _naming(folder / "manifest.json"):
+    with _naming(folder / MANIFEST):
         write_manifest(folder, files, part.facts)
+        folders.sync(folder / MANIFEST)
+        for inner in (folder, *(path for path in folder.rglob("*") if path.is_dir())):
+            folders.sync(inner)
         folders.complete(target)
 
 
@@ -241,10 +253,13 @@ def _gathered(entries: list[FileEntry]) -> list[list[FileEntry]]:
 
 
 def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
+    try:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+    except OSError as error:  # on one rank alone, and the newer one is complete
+        rank_zero_warn(f"checkpoint '{path}' is due to be removed and could not be: {error}")
 
 
 def _rank() -> int:

@@ -45,6 +45,11 @@ def restore_streams(state: Mapping[str, Tensor], generators: Sequence[Generator]
     for index in range(_devices()):
         if f"cuda:{index}" in state:
             torch.cuda.set_rng_state(state[f"cuda:{index}"], index)
+    restore_generators(state, generators)
+
+
+def restore_generators(state: Mapping[str, Tensor], generators: Sequence[Generator]) -> None:
+    """Put the generators alone to where :func:`capture_streams` found them."""
     for index, generator in enumerate(generators):
         generator.set_state(state[f"generator:{index}"])
 

@@ -123,11 +123,15 @@ class Stretches:
         if left:
             raise CheckpointError(f"{name!r} lacks {left:,} of the elements {start:,} to {start + target.numel():,}")
 
+    def dtype(self, name: str) -> torch.dtype:
+        """The type that something was written in."""
+        _, _, index = self._where[name][0]
+        dtype: torch.dtype = self._files[index].get_slice(name)[0:0].dtype
+        return dtype
+
     def whole(self, name: str, numel: int) -> Tensor:
         """All ``numel`` elements, one-dimensional, in the type that they were written in."""
-        _, _, index = self._where[name][0]
-        empty = self._files[index].get_slice(name)[0:0]
-        target = torch.empty(numel, dtype=empty.dtype)
+        target = torch.empty(numel, dtype=self.dtype(name))
         self.read_into(name, 0, target)
         return target
 

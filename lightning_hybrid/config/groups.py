@@ -26,7 +26,8 @@ def _architecture_is_named(config: ModelConfig) -> Problem | None:
     return Problem("architecture", "must have the key model_type, such as 'llama'", given)
 
 
-def _architecture_needs_tokenizer(config: ModelConfig) -> Problem | None:
+def architecture_needs_tokenizer(config: ModelConfig) -> Problem | None:
+    """A new model brings no tokenizer of its own."""
     if config.architecture is None or config.tokenizer is not None:
         return None
     return Problem("tokenizer", "required with model.architecture: a folder or hub name of a tokenizer", "None")
@@ -35,7 +36,7 @@ def _architecture_needs_tokenizer(config: ModelConfig) -> Problem | None:
 class ModelConfig(Settings):
     """The causal language model to train."""
 
-    rules: ClassVar[tuple[Rule, ...]] = (_path_or_architecture, _architecture_is_named, _architecture_needs_tokenizer)
+    rules: ClassVar[tuple[Rule, ...]] = (_path_or_architecture, _architecture_is_named, architecture_needs_tokenizer)
 
     path: str | None = None
     """folder or hub name of a pretrained model"""
@@ -88,7 +89,8 @@ class RolloutConfig(Settings):
     """prompt and response tokens that the KV cache holds at once; null for a share of the free memory"""
 
 
-def _one_source(config: RewardSourceConfig) -> Problem | None:
+def one_reward_source(config: RewardSourceConfig) -> Problem | None:
+    """Scores come from exactly one place."""
     sources = {"path": config.path, "function": config.function, "url": config.url}
     given = [f"{name} {value!r}" for name, value in sources.items() if value is not None]
     if len(given) == 1:
@@ -100,7 +102,7 @@ def _one_source(config: RewardSourceConfig) -> Problem | None:
 class RewardSourceConfig(Settings):
     """Where the scores of PPO come from: a reward model, a Python function, or an HTTP endpoint."""
 
-    rules: ClassVar[tuple[Rule, ...]] = (_one_source,)
+    rules: ClassVar[tuple[Rule, ...]] = (one_reward_source,)
 
     path: str | None = None
     """folder or hub name of a reward model"""

@@ -11,8 +11,8 @@ from lightning_hybrid.config.groups import (
     ModelConfig,
     PPOModelConfig,
     RewardSourceConfig,
-    _architecture_needs_tokenizer,
-    _one_source,
+    architecture_needs_tokenizer,
+    one_reward_source,
 )
 from lightning_hybrid.config.roots import PPORun
 from lightning_hybrid.config.settings import Problem, Rule
@@ -27,14 +27,14 @@ def _architecture_knows_its_vocabulary(config: PlannedModelConfig) -> Problem | 
 
 def _at_most_one_source(config: PlannedRewardConfig) -> Problem | None:
     nothing = (config.path, config.function, config.url) == (None, None, None)
-    return None if nothing else _one_source(config)
+    return None if nothing else one_reward_source(config)
 
 
 class PlannedModelConfig(PPOModelConfig):
     """The models of PPO, of which a plan reads the configurations only."""
 
     rules: ClassVar[tuple[Rule, ...]] = (
-        *(rule for rule in ModelConfig.rules if rule is not _architecture_needs_tokenizer),
+        *(rule for rule in ModelConfig.rules if rule is not architecture_needs_tokenizer),
         _architecture_knows_its_vocabulary,
     )
 

@@ -21,7 +21,7 @@ from lightning_hybrid.config.groups import (
 from lightning_hybrid.config.settings import Problem, Rule, Settings
 
 
-def _ranks(trainer: TrainerConfig) -> int | None:
+def ranks_of(trainer: TrainerConfig) -> int | None:
     """Number of processes, or None when only the machine knows it."""
     if isinstance(trainer.devices, int):
         return trainer.devices * trainer.num_nodes
@@ -36,7 +36,7 @@ def _checkpoints_are_enabled(run: Run) -> Problem | None:
 
 
 def _tensor_parallel_fits_ranks(run: Run) -> Problem | None:
-    ranks, size = _ranks(run.trainer), run.strategy.hybrid_engine.inference_tp_size
+    ranks, size = ranks_of(run.trainer), run.strategy.hybrid_engine.inference_tp_size
     if ranks is None or ranks % size == 0:
         return None
     remedy = f"must divide the number of ranks ({ranks}, from trainer.devices and trainer.num_nodes)"
@@ -113,7 +113,7 @@ def _accumulation_is_the_algorithms(run: PPORun) -> Problem | None:
 
 
 def _minibatch_divides_over_ranks(run: PPORun) -> Problem | None:
-    ranks, size = _ranks(run.trainer), run.algorithm.minibatch_size
+    ranks, size = ranks_of(run.trainer), run.algorithm.minibatch_size
     if ranks is None or size is None or size % ranks == 0:
         return None
     remedy = f"must be a multiple of the number of ranks ({ranks}): it counts sequences over all of them"
@@ -121,7 +121,7 @@ def _minibatch_divides_over_ranks(run: PPORun) -> Problem | None:
 
 
 def _minibatch_fits_rollout(run: PPORun) -> Problem | None:
-    ranks, size = _ranks(run.trainer), run.algorithm.minibatch_size
+    ranks, size = ranks_of(run.trainer), run.algorithm.minibatch_size
     if ranks is None or size is None or run.data.batch_size * ranks % size == 0:
         return None
     remedy = f"must divide the rollout batch of {run.data.batch_size * ranks} (data.batch_size times ranks)"
@@ -178,7 +178,7 @@ def _reward_ends_before_ranks_stop_waiting(run: PPORun) -> Problem | None:
     reward, limit = run.reward, run.strategy.timeout_seconds
     tries = reward.retries + 1 if reward.url is not None else 1
     longest = tries * reward.timeout_seconds + (tries - 1) * LONGEST_PAUSE
-    if reward.path is not None or longest < limit:
+    if reward.path is not None or longest < limit or ranks_of(run.trainer) == 1:
         return None
     may_take = f"with {tries - 1} retries a reward may take {longest:g} s"
     remedy = f"{may_take}, which must be less than strategy.timeout_seconds ({limit:g})"

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from difflib import get_close_matches
 from typing import TYPE_CHECKING
 
-import torch
 from lightning_utilities.core.rank_zero import rank_zero_only
 
 from lightning_hybrid.errors import DataError
@@ -23,7 +22,7 @@ if TYPE_CHECKING:
 LOGGER = logging.getLogger("lightning_hybrid")
 SHOWN_PROBLEMS = 20
 SHOWN_EXAMPLES = 10
-LARGEST = torch.finfo(torch.float32).max  # batches hold float32, which would turn more than this into infinity
+LARGEST = 3.4028234663852886e38  # batches hold float32, which would turn more than this into infinity
 
 
 def notice(message: str) -> None:

@@ -11,6 +11,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lightning_hybrid.containers import lay_out, order_parameters
+from lightning_hybrid.errors import StrategyError
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -32,6 +33,9 @@ def build_engine(
         config: a DeepSpeed config, see :func:`lightning_hybrid.engines.config.engine_config`.
         device: where to put the module; by default the device of this process's local rank.
         hybrid: build a :class:`~lightning_hybrid.engines.hybrid.HybridEngine`, which can also generate.
+
+    Raises:
+        StrategyError: for Adagrad above stage 0.
     """
     import deepspeed
     from deepspeed.runtime.config import DeepSpeedConfig
@@ -42,6 +46,11 @@ def build_engine(
         from lightning_hybrid.engines.hybrid import HybridEngine
 
         engine_class = HybridEngine
+    if isinstance(optimizer, torch.optim.Adagrad) and config["zero_optimization"]["stage"] > 0:
+        raise StrategyError(
+            "DeepSpeed replaces Adagrad by one of its own at ZeRO stages 1 to 3, which schedules and checkpoints do "
+            "not reach: use stage 0, or another optimizer"
+        )
     if hybrid:
         # DeepSpeed flattens each group in its order: sets of projections become adjacent, and containers need no copy.
         order_parameters(optimizer, causal_lm_in(module))

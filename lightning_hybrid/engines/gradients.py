@@ -123,6 +123,7 @@ def discard_gradients(engine: DeepSpeedEngine) -> None:
     ZeRO-2 keeps reduced gradients beside the parameters, where its own ``zero_grad`` does not look.
     """
     forget_losses(engine)
+    engine._unmanaged_backward_count = 0
     engine.optimizer.zero_grad()
     for name in ("averaged_gradients", "all_grad_tensors"):
         held = getattr(engine.optimizer, name, None)

@@ -23,7 +23,7 @@ LOGGER = logging.getLogger("lightning_hybrid")
 class StepGuard:
     """Step engines, skip steps that would put NaN or inf into weights, and stop a run that only skips.
 
-    An fp16 engine skips by itself to find its loss scale: it is stepped and not counted.
+    Steps that an fp16 engine skips to find its loss scale are not counted.
 
     Args:
         most_in_a_row: skipped steps of one engine in a row at which the run stops.
@@ -37,6 +37,7 @@ class StepGuard:
         self.most_in_a_row = most_in_a_row
         self.in_a_row: dict[str, int] = {}
         self.total = 0
+        self._skipped: set[str] = set()
         self._at = 0
         self._losses_were_finite = True
         self._deferred = False
@@ -58,12 +59,11 @@ class StepGuard:
         """
         own_losses_finite = losses_were_finite(engine)
         forget_losses(engine)
-        if engine.fp16_enabled():
-            engine.step(**kwargs)
-            return True
         if step_if_finite(engine, **kwargs):
             self.in_a_row.pop(name, None)
             return True
+        if engine.fp16_enabled() and engine.dynamic_loss_scale():
+            return False
         self._count(name, at, own_losses_finite())
         if not self._deferred:
             self.stop_if_hopeless()
@@ -72,6 +72,7 @@ class StepGuard:
     def _count(self, name: str, at: int, own_losses_finite: bool) -> None:
         self.total += 1
         self.in_a_row[name] = self.in_a_row.get(name, 0) + 1
+        self._skipped.add(name)
         self._at, self._losses_were_finite = at, own_losses_finite
         if self.in_a_row[name] == 1 and (not own_losses_finite or torch.distributed.get_rank() == 0):
             what = "gradients" if own_losses_finite else "this rank's loss and gradients"
@@ -92,10 +93,14 @@ class StepGuard:
     def stop_if_hopeless(self) -> None:
         """Raise on every rank once an engine skipped too many steps in a row; its weights are the last good ones.
 
+        Only engines that skipped a step since this was last asked are judged.
+
         Raises:
             NonFiniteError: says which engine, how often, where, what was not finite and what to do.
         """
-        for name, count in self.in_a_row.items():
+        judged, self._skipped = self._skipped, set()
+        for name in sorted(judged):
+            count = self.in_a_row.get(name, 0)
             if count >= self.most_in_a_row:
                 error = NonFiniteError(
                     f"engine {name!r} skipped its last {count} optimizer steps (strategy.max_nonfinite_steps="
@@ -112,16 +117,22 @@ class StepGuard:
         return {"in_a_row": dict(self.in_a_row), "total": self.total}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on counting where a checkpoint was; an empty state begins at zero."""
-        self.in_a_row = dict(state.get("in_a_row", {}))
+        """Go on counting where a checkpoint was; an empty state begins at zero.
+
+        So does an engine whose skipped steps have stopped a run: whoever resumes it has changed something.
+        """
+        counts = state.get("in_a_row", {})
+        self.in_a_row = {name: count for name, count in counts.items() if count < self.most_in_a_row}
+        self._skipped = set()
         self.total = int(state.get("total", 0))
 
 
 def step_if_finite(engine: DeepSpeedEngine, **kwargs: Any) -> bool:
     """Step the engine if no rank's gradients hold NaN or inf, otherwise drop them; equal on all ranks.
 
-    ZeRO 1 to 3 take the norm of the gradients of all ranks in every step and skip where it is not finite, so nothing is
-    read or sent for it here. Where DeepSpeed looks at nothing (stage 0, or a config that turns it off), this does.
+    ZeRO 1 to 3 and fp16 take the norm of the gradients of all ranks in every step and skip where it is not finite, so
+    nothing is read or sent for it here. Where DeepSpeed looks at nothing (stage 0 in other precisions, or a config that
+    turns it off), this does.
 
     Returns:
         Whether the step was taken.
@@ -143,7 +154,7 @@ def step_if_finite(engine: DeepSpeedEngine, **kwargs: Any) -> bool:
 
 def _checks_itself(engine: DeepSpeedEngine) -> bool:
     optimizer: Any = engine.optimizer
-    if engine.zero_optimization_stage() == 3:
+    if engine.fp16_enabled() or engine.zero_optimization_stage() == 3:
         return True
     computes = getattr(optimizer, "compute_grad_norm", False)
     return computes and (optimizer.dtype != torch.bfloat16 or optimizer.check_grad_overflow)

@@ -55,6 +55,7 @@ class HybridEngine(DeepSpeedHybridEngine):  # type: ignore[misc]
     Attributes:
         timings: seconds by phase.
         extra_weight_bytes: memory that the last rollout's weights took beyond those being trained.
+        asleep: why the weights cannot be read now; None while they can.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -66,6 +67,7 @@ class HybridEngine(DeepSpeedHybridEngine):  # type: ignore[misc]
         self.gather_all_layers = hybrid.pin_parameters
         self.timings = PhaseClock()
         self.extra_weight_bytes = 0
+        self.asleep: str | None = None
         self._workspace: Workspace | None = None
         self._shard = tensor_parallel_shard(hybrid.inference_tp_size) if hybrid.inference_tp_size > 1 else Shard()
         self._lockstep = LockStep(self.Z3_enabled or self._shard.size > 1)
@@ -242,6 +244,8 @@ class HybridEngine(DeepSpeedHybridEngine):  # type: ignore[misc]
         if not hasattr(self.causal_lm, "generate"):
             name = type(self.causal_lm).__name__
             raise RolloutError(f"{name} has no 'generate'; the hybrid engine needs a causal LM")
+        if self.asleep is not None:
+            raise RolloutError(self.asleep)
         if self.module.training:
             raise RolloutError("the engine is in training mode: call engine.eval() before generate()")
 

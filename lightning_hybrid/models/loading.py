@@ -98,12 +98,13 @@ def _from_pretrained(auto: Any, path: str | Path, quiet: bool = False, **argumen
     try:
         return auto.from_pretrained(str(path), **arguments)
     except (OSError, ValueError) as error:
-        raise ConfigError(_what_is_wrong(path, error)) from error
+        raise ConfigError(why_not_loaded(path, error)) from error
     finally:
         logging.set_verbosity(verbosity)
 
 
-def _what_is_wrong(path: str | Path, error: Exception) -> str:
+def why_not_loaded(path: str | Path, error: Exception) -> str:
+    """What is wrong with a path or hub name that Transformers could not load, and what to do."""
     folder = Path(path).expanduser()
     if folder.is_dir():
         held = ", ".join(sorted(entry.name for entry in folder.iterdir())[:8]) or "nothing"

@@ -64,10 +64,10 @@ class Policy(nn.Module):
         hidden = run_trunk(self.model, input_ids, attention_mask, self._extra)
         asked = positions[:, 1:]
         flat_hidden, targets = hidden[:, :-1][asked], input_ids[:, 1:][asked]
-        logprobs, entropy = self._score(flat_hidden, targets, temperature)
+        logprobs, entropy = self.score_hidden(flat_hidden, targets, temperature)
         return PolicyOutput(_scatter(logprobs, positions), _scatter(entropy, positions))
 
-    def _score(self, hidden: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    def score_hidden(self, hidden: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
         """Log-prob and entropy of each row of ``hidden`` ``[tokens, width]``, both ``[tokens]``."""
         calls = self._head_calls(len(targets), hidden.device)
         # A single chunk is within the memory bound as it is; recomputing it would only cost time.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import warnings
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -240,7 +241,8 @@ class PPOModule(L.LightningModule):
         metrics |= self.phases.memory_figures(self.trainer.strategy)  # type: ignore[arg-type]
         self.score_moments = self._moments_now
         self.old_logprob_source.judge(gap)
-        self.kl_controller.update(metrics["policy/kl"], len(experience) * self.trainer.world_size)
+        if math.isfinite(metrics["policy/kl"]):  # the steps of an iteration that is not were skipped, too
+            self.kl_controller.update(metrics["policy/kl"], len(experience) * self.trainer.world_size)
         metrics |= update_metrics(self, update, rollout)
         self._step_schedules()
         self.last_rollout = rollout

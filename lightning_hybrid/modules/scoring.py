@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 from torch import Tensor
 
+from lightning_hybrid.engines import is_sharded
 from lightning_hybrid.engines.agreement import agree
 from lightning_hybrid.errors import LightningHybridError, RewardError
 from lightning_hybrid.modules.text import decode_responses
@@ -27,8 +28,11 @@ def reward_scores(module: PPOModule, prompts: list[str], rollout: Rollout) -> Te
     responses, reward = decode_responses(module.tokenizer, rollout), module.reward
     if not isinstance(reward, LearnedReward):
         return on_every_rank(lambda: reward(prompts, responses)).to(module.device)
-    # What one rank alone can fail at comes before the model's forward, which under ZeRO-3 needs all ranks.
+    # What one rank alone can fail at comes before the model's forward.
     ids = on_every_rank(lambda: reward.encode(prompts, responses))
+    if is_sharded(reward.model):
+        # The other ranks are gathering weights: an agreement now would meet that, not them.
+        return reward.score_ids(ids).to(module.device)
     return on_every_rank(lambda: reward.score_ids(ids)).to(module.device)
 
 

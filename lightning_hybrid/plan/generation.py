@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from lightning_hybrid.containers import KVCache, rounded
+from lightning_hybrid.errors import ConfigError
 from lightning_hybrid.generation.loop import PREFILL_TOKENS
 from lightning_hybrid.generation.memory import CPU_ROWS, CPU_SHARE, CUDA_ROWS, CUDA_SHARE, capacity_of
 from lightning_hybrid.plan.held import Held
@@ -58,13 +59,14 @@ def cache_of(setup: Setup, free: int) -> Cache:
     Args:
         setup: of the run.
         free: bytes of the device that nobody holds when the cache comes.
+
+    Raises:
+        ConfigError: for key-value heads that ranks cannot share evenly.
     """
     config, engine = setup.networks["actor"].config.get_text_config(), setup.run.strategy.hybrid_engine
-    query = config.num_attention_heads
-    heads = (getattr(config, "num_key_value_heads", None) or query) // engine.inference_tp_size
-    dim = getattr(config, "head_dim", None) or config.hidden_size // query
+    dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     capacity = capacity_of(setup.prompt, setup.run.rollout.max_new_tokens)
-    one = KVCache.bytes_per_slot(config.num_hidden_layers, heads, capacity, dim, setup.dtype)
+    one = KVCache.bytes_per_slot(config.num_hidden_layers, _key_heads(setup), capacity, dim, setup.dtype)
     rows, budget = setup.run.data.batch_size * engine.inference_tp_size, setup.run.rollout.max_tokens_in_flight
     if budget is not None:
         slots = min(rows, budget // capacity)
@@ -74,6 +76,18 @@ def cache_of(setup: Setup, free: int) -> Cache:
     # Without room for one row the run refuses; the plan shows what one row takes.
     slots = max(1, slots)
     return Cache(slots, capacity, slots * one)
+
+
+def _key_heads(setup: Setup) -> int:
+    """Key-value heads of one rank; those that do not divide are refused here, as containers refuse them."""
+    config, size = setup.networks["actor"].config.get_text_config(), setup.run.strategy.hybrid_engine.inference_tp_size
+    heads = int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
+    if heads % size:
+        raise ConfigError(
+            f"strategy.hybrid_engine.inference_tp_size={size} does not divide the actor's {heads} key-value heads: "
+            f"use a divisor of {heads}"
+        )
+    return heads // size
 
 
 def reading_prompts(setup: Setup, cache: Cache) -> list[Held]:

@@ -16,7 +16,7 @@ from lightning_hybrid.config.plan import PlanRun
 from lightning_hybrid.containers import FAMILIES, reason_without_container, units
 from lightning_hybrid.errors import ConfigError
 from lightning_hybrid.models import Policy, ScalarModel, disable_dropout, max_positions
-from lightning_hybrid.models.loading import _what_is_wrong
+from lightning_hybrid.models.loading import why_not_loaded
 
 
 @contextmanager
@@ -188,4 +188,4 @@ def _read_config(path: str) -> Any:
     try:
         return AutoConfig.from_pretrained(path)
     except (OSError, ValueError) as error:
-        raise ConfigError(_what_is_wrong(path, error)) from error
+        raise ConfigError(why_not_loaded(path, error)) from error

@@ -19,9 +19,7 @@ from lightning_hybrid.plan.weights import (
     owned_gradient_bytes,
     share,
 )
-
-# Texts that a reward model reads at once, see rewards.LearnedReward.
-REWARD_BATCH = 32
+from lightning_hybrid.rewards.learned import TEXTS_AT_ONCE
 
 
 def scoring(setup: Setup, kept: list[Held]) -> Iterator[Moment]:
@@ -35,7 +33,7 @@ def scoring(setup: Setup, kept: list[Held]) -> Iterator[Moment]:
     rows = min(setup.run.algorithm.micro_batch_size, batch)
     if "reward" in networks:
         rest = at_rest(setup, SCORE, {"reward"}) + kept
-        yield _forward(setup, networks["reward"], min(REWARD_BATCH, batch), rest)
+        yield _forward(setup, networks["reward"], min(TEXTS_AT_ONCE, batch), rest)
     runs = ["actor"] * recomputes(setup) + ["reference", "critic"]
     for role in runs:
         yield _forward(setup, networks[role], rows, at_rest(setup, SCORE, set(runs)) + kept)

@@ -50,8 +50,14 @@ class Plan:
 
     @property
     def host(self) -> int:
-        """Bytes that one rank holds in the host's memory, at most, beside what its process takes."""
-        return max(moment.bytes(where=HOST) for moments in self.moments.values() for moment in moments)
+        """Bytes that one rank holds in the host's memory, beside what its process takes.
+
+        The sum of all that is ever there: memory for what sleeps stays allocated while it is awake. On a GPU it is
+        pinned, and torch's allocator of pinned memory may round each piece up, to as much as the next power of two.
+        """
+        every = [moment for moments in self.moments.values() for moment in moments]
+        kinds = {(held.owner, held.kind) for moment in every for held in moment.held if held.where == HOST}
+        return sum(max(moment.bytes(owner=o, kind=k, where=HOST) for moment in every) for o, k in kinds)
 
     @property
     def fits(self) -> bool:
@@ -63,7 +69,8 @@ def make_plan(run: PlanRun) -> Plan:
     """Plan a run, in the state that it has once optimizers have taken their first step.
 
     Raises:
-        ConfigError: for a model whose configuration cannot be read, or a device that is not here.
+        ConfigError: for a model whose configuration cannot be read or whose key-value heads do not divide by
+            ``inference_tp_size``, or a device that is not here.
     """
     setup = Setup(run)
     device = device_bytes(setup)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from lightning_hybrid.config.plan import PlanRun
-from lightning_hybrid.config.roots import _ranks
+from lightning_hybrid.config.roots import ranks_of
 from lightning_hybrid.engines.build import config_dtype
 from lightning_hybrid.engines.config import engine_config
 from lightning_hybrid.errors import ConfigError
@@ -84,7 +84,7 @@ class Setup:
     @cached_property
     def ranks(self) -> int:
         """Processes of the run."""
-        known = _ranks(self.run.trainer)
+        known = ranks_of(self.run.trainer)
         if known is not None:
             return known
         if self.on_cpu:

@@ -26,9 +26,10 @@ def in_gib(size: float) -> str:
 def _heading(plan: Plan) -> str:
     setup = plan.setup
     models = ", ".join(f"{role} {network.numel / 1e9:.3g}B" for role, network in setup.networks.items())
+    ranks = "1 rank" if setup.ranks == 1 else f"{setup.ranks} ranks"
     rows = f"{setup.run.data.batch_size} rows of {setup.prompt} + {setup.run.rollout.max_new_tokens} tokens per rank"
     return (
-        f"{models} ({str(setup.dtype).removeprefix('torch.')}); {setup.ranks} ranks, ZeRO-{setup.stage}; {rows}, "
+        f"{models} ({str(setup.dtype).removeprefix('torch.')}); {ranks}, ZeRO-{setup.stage}; {rows}, "
         f"{plan.cache.slots} generated at once, {setup.micro_batch} trained at once"
     )
 

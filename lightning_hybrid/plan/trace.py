@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_iter
 
 from lightning_hybrid.errors import ConfigError
 from lightning_hybrid.models import Policy
-from lightning_hybrid.models.policy import run_trunk
+from lightning_hybrid.models.policy import extra_arguments, run_trunk
 from lightning_hybrid.plan.networks import Network, without_memory
 
 
@@ -130,11 +130,11 @@ def _pass(module: Any, ids: Tensor, mask: Tensor, size: Size) -> list[Tensor]:
     """As the module's forward, but for picking the asked positions, of which a shape alone does not know how many."""
     if not isinstance(module, Policy):
         return [module(ids, mask)]
-    hidden = run_trunk(module.model, ids, mask, module._extra)
+    hidden = run_trunk(module.model, ids, mask, extra_arguments(module.model))
     begin = size.tokens - 1 - size.asked
     flat = hidden[:, :-1][:, begin:].reshape(-1, hidden.shape[-1])
     module.chunk = size.chunk
-    logprobs, entropy = module._score(flat, ids[:, begin + 1 :].reshape(-1), 1.0)
+    logprobs, entropy = module.score_hidden(flat, ids[:, begin + 1 :].reshape(-1), 1.0)
     return [logprobs, entropy] if size.entropy else [logprobs]
 
 

@@ -14,6 +14,9 @@ from lightning_hybrid.models import ScalarModel, max_positions
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+# Read in one forward pass, unless told otherwise.
+TEXTS_AT_ONCE = 32
+
 
 class LearnedReward:
     """Score ``prompt + response`` with a reward model, tokenised by the reward model's own tokenizer.
@@ -27,7 +30,7 @@ class LearnedReward:
         batch_size: texts per forward pass.
     """
 
-    def __init__(self, model: ScalarModel, tokenizer: PreTrainedTokenizerBase, batch_size: int = 32) -> None:
+    def __init__(self, model: ScalarModel, tokenizer: PreTrainedTokenizerBase, batch_size: int = TEXTS_AT_ONCE) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self.name = type(model.model).__name__

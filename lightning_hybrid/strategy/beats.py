@@ -48,7 +48,7 @@ class Beats(threading.Thread):
 
     The main thread may be blocked in a collective, or in an operation on its own connection. This thread may be blocked
     too, when the process that holds the store was stopped; so nobody waits for it, and everybody reads what it left
-    behind: :attr:`heard`, :attr:`answered_at` and :attr:`failure`.
+    behind: :attr:`heard`, :attr:`answered_at` and :attr:`failure`, which is None again once the store answers.
 
     Args:
         rank: of this process.
@@ -77,7 +77,10 @@ class Beats(threading.Thread):
         self._count = 0
         self._wake = threading.Event()
         self._round = threading.Condition()
-        self._store = _own_connection(rank)
+        shared: Any = distributed_c10d._get_default_store()
+        self._run = shared.add(f"lightning_hybrid/runs/{rank}", 1)
+        self._shared = shared
+        self._store = self._connection()
         self._begun: set[int] = set()
         self._listen_to(watched)
 
@@ -90,15 +93,10 @@ class Beats(threading.Thread):
         self.heard |= {rank: Heard(Beat(-1, "starting", 0.0), now) for rank in ranks if rank not in self.heard}
 
     def run(self) -> None:
-        """Beat until the last beat, which says that this rank has left, or until the store is gone."""
-        try:
-            while not self._exchange().left:
-                self._wake.wait(INTERVAL)
-                self._wake.clear()
-        except Exception as error:  # whatever it is, it ends all hearing; it is judged by who asks for it
-            self.failure = error
-            with self._round:
-                self._round.notify_all()
+        """Beat until the last beat, which says that this rank has left; connect anew after the store has failed."""
+        while not self._beat().left:
+            self._wake.wait(INTERVAL)
+            self._wake.clear()
 
     def now(self, patience: float) -> None:
         """Beat at once, and wait until that was done, at most ``patience`` seconds."""
@@ -109,17 +107,27 @@ class Beats(threading.Thread):
                 self._wake.set()
                 self._round.wait(0.05)
 
-    def _exchange(self) -> Beat:
+    def _beat(self) -> Beat:
         beat = self._describe(self._count)
+        try:
+            # Not to say farewell: the process that holds the store may have left just before, and will not be back.
+            if self.failure is not None and not beat.left:
+                self._store = self._connection()
+            self._exchange(beat)
+            self.failure = None
+        except Exception as error:  # whatever it is, nothing is heard while it lasts; it is judged by who asks for it
+            self.failure = error
+        with self._round:
+            self._round.notify_all()
+        return beat
+
+    def _exchange(self, beat: Beat) -> None:
         self._store.set(str(self.rank), json.dumps(asdict(beat)))
         for other, told in self._receive():
             if told.count != self.heard[other].beat.count:
                 self.heard[other] = Heard(told, self._clock())
         self.answered_at = self._clock()
-        with self._round:
-            self._count += 1
-            self._round.notify_all()
-        return beat
+        self._count += 1
 
     def _receive(self) -> list[tuple[int, Beat]]:
         # To get what was never set would wait for it.
@@ -128,10 +136,6 @@ class Beats(threading.Thread):
         told = self._store.multi_get([str(other) for other in begun]) if begun else []
         return [(other, Beat(**json.loads(text))) for other, text in zip(begun, told, strict=True)]
 
-
-def _own_connection(rank: int) -> Any:
-    """A second connection to the default group's store, in a corner of this run: a process may run several."""
-    shared: Any = distributed_c10d._get_default_store()
-    store = shared.clone()
-    run = store.add(f"lightning_hybrid/runs/{rank}", 1)
-    return distributed_c10d.PrefixStore(f"lightning_hybrid/beats/{run}", store)
+    def _connection(self) -> Any:
+        """One more to the default group's store, in a corner of this run: a process may run several."""
+        return distributed_c10d.PrefixStore(f"lightning_hybrid/beats/{self._run}", self._shared.clone())

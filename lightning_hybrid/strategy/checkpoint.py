@@ -114,15 +114,17 @@ class RunCheckpoints:
         positions = self.progress.positions()
         streams = {f"{i}/{key}": v for i, position in enumerate(positions) for key, v in position.tensors().items()}
         tensors.append(TensorFile(rank_file("streams", rank), streams))
-        if self.strategy.checkpoint_config.frozen_models == VALUE:
-            for name, module in self._frozen().items():
+        for name, module in self._frozen().items():
+            if self._by_value(name, module):
                 tensors.append(TensorFile(rank_file(f"frozen/{name}", rank), *frozen_tensors(module)))
         files[LIGHTNING] = _content(state)
         return Part(tensors, files if rank == 0 else {}, self._facts(state, len(positions)))
 
     def _facts(self, state: Mapping[str, Any], loaders: int) -> dict[str, Any]:
         strategy = self.strategy
-        by_value = strategy.checkpoint_config.frozen_models == VALUE
+        frozen = {
+            name: VALUE if self._by_value(name, m) else self._fingerprint(name, m) for name, m in self._frozen().items()
+        }
         return {
             "global_step": state["global_step"],
             "epoch": state["epoch"],
@@ -131,7 +133,7 @@ class RunCheckpoints:
             "precision": strategy.precision_plugin.precision,
             "engines": sorted(strategy.engines),
             "loaders": loaders,
-            "frozen": {name: VALUE if by_value else self._fingerprint(name, m) for name, m in self._frozen().items()},
+            "frozen": frozen,
             "config": strategy.run_config,
         }
 
@@ -142,6 +144,15 @@ class RunCheckpoints:
         trained = {name: engine.module for name, engine in self.strategy.engines.items()}
         frozen = {name: module.get_submodule(name) for name in self.strategy.frozen}
         return {name or "module": m for name, m in (trained | frozen).items() if frozen_parameters(m)}
+
+    def _by_value(self, name: str, module: nn.Module) -> bool:
+        """Whether to keep frozen weights in full; always those inside an engine, which a module may move by itself.
+
+        A teacher is moved so. The base under an adapter is not.
+        """
+        with_adapter = any(hasattr(inner, "peft_config") for inner in module.modules())
+        kept_anyway = name not in self.strategy.frozen and not with_adapter
+        return kept_anyway or self.strategy.checkpoint_config.frozen_models == VALUE
 
     def _fingerprint(self, name: str, module: nn.Module) -> dict[str, str]:
         """Taken once: nothing trains them."""

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -175,6 +175,9 @@ class HybridDeepSpeedStrategy(DeepSpeedStrategy):
         # DeepSpeed reads it throughout a run. Left behind, it would tell Lightning that a launcher had set it.
         self._set_local_rank = "LOCAL_RANK" not in os.environ
         os.environ.setdefault("LOCAL_RANK", str(self.local_rank))
+        # Deterministic mode has torch fill new memory, also DeepSpeed's buckets of gigabytes that are written before
+        # they are read: at every backward pass.
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
         self.liveness = begin_liveness(self)
 
     @override
@@ -285,6 +288,17 @@ class HybridDeepSpeedStrategy(DeepSpeedStrategy):
             yield
 
     @override
+    def on_train_start(self) -> None:
+        super().on_train_start()
+        if self._progress is not None:
+            self._progress.begin_training()
+
+    @override
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        if self._progress is not None:
+            self._progress.begin_batch()
+
+    @override
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         with self.precision_plugin.train_step_context():
             return self._step("training_step", *args, **kwargs)
@@ -359,6 +373,13 @@ class HybridDeepSpeedStrategy(DeepSpeedStrategy):
         if self._checkpoints is not None:
             self._checkpoints.writer.wait()
 
+    def when_checkpoint_complete(self, act: Callable[[], None]) -> None:
+        """Do something on this rank, but not before the checkpoint that is being written is complete."""
+        if self._checkpoints is None:
+            act()
+        else:
+            self._checkpoints.writer.when_complete(act)
+
     @override
     def remove_checkpoint(self, filepath: _PATH) -> None:
         """Remove a checkpoint, once the one being written is complete."""
@@ -374,20 +395,27 @@ class HybridDeepSpeedStrategy(DeepSpeedStrategy):
 
     @override
     def teardown(self) -> None:
-        self.residency.close()
-        if self._checkpoints is not None:
-            self._checkpoints.close()
-        for engine in (*self.engines.values(), *self.frozen.values()):
+        """End what belongs to a run, each part also where another one fails: the process may go on."""
+        with ExitStack() as last_first:
+            last_first.callback(super().teardown)
+            last_first.callback(end_liveness, self)
+            last_first.callback(setattr, torch.utils.deterministic, "fill_uninitialized_memory", True)
+            if self._set_local_rank:
+                last_first.callback(os.environ.pop, "LOCAL_RANK", None)
+            last_first.callback(self._end_engines)
+            if self._checkpoints is not None:
+                last_first.callback(self._checkpoints.close)
+            last_first.callback(self.residency.close)
+
+    def _end_engines(self) -> None:
+        engines = (*self.engines.values(), *self.frozen.values())
+        self.engines, self.frozen = {}, {}
+        self._progress = self._checkpoints = None
+        for engine in engines:
             if hasattr(engine, "destroy"):
                 engine.module_forward_pre_hook.remove()
                 engine.module_forward_post_hook.remove()
                 engine.destroy()
-        self.engines, self.frozen = {}, {}
-        self._progress = self._checkpoints = None
-        if self._set_local_rank:
-            os.environ.pop("LOCAL_RANK", None)
-        end_liveness(self)
-        super().teardown()
 
     @override
     def on_exception(self, exception: BaseException) -> None:

@@ -14,8 +14,13 @@ from lightning.fabric.utilities.distributed import _set_num_threads_if_needed
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from typing_extensions import override
 
+from lightning_hybrid.strategy.checkpoint import GRACE_SECONDS
+from lightning_hybrid.strategy.liveness import PATIENCE, write_to_stderr
+
 INTERVAL = 0.5
-GRACE = 60.0  # seconds for this rank to end by its own error after another one failed
+# Seconds for this rank to end by its own error after another one failed: to find the reason, to give up a checkpoint
+# that is being written, and for the rest.
+GRACE = PATIENCE + GRACE_SECONDS + 30.0
 
 
 class WatchedLauncher(_SubprocessScriptLauncher):
@@ -48,8 +53,7 @@ def _observe(processes: list[subprocess.Popen[bytes]], first: int, exits: dict[i
         exits.update({first + i: _how(code) for i, code in enumerate(codes) if code})
         if all(code == 0 for code in codes):
             return
-    said = "; ".join(f"rank {rank} {how}" for rank, how in exits.items())
-    os.write(2, f"lightning-hybrid: {said}\n".encode())
+    write_to_stderr("; ".join(f"rank {rank} {how}" for rank, how in exits.items()))
     time.sleep(GRACE)
     for process in processes:
         process.kill()
@@ -57,4 +61,7 @@ def _observe(processes: list[subprocess.Popen[bytes]], first: int, exits: dict[i
 
 
 def _how(code: int) -> str:
-    return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+    if code >= 0:
+        return f"ended with exit code {code}"
+    names = {known.value: known.name for known in signal.Signals}  # most real-time signals have none
+    return f"was killed by {names.get(-code, f'signal {-code}')}"

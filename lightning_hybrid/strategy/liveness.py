@@ -7,10 +7,11 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import torch.distributed
 
+from lightning_hybrid.engines.memory import out_of_memory_in
 from lightning_hybrid.errors import RankLostError
 from lightning_hybrid.strategy.beats import INTERVAL, Beat, Beats, Heard
 
@@ -23,17 +24,25 @@ LONGEST = 2000  # characters of last words
 SHOWN = 8  # ranks listed in a message
 EXIT_CODE = 75  # of a process that is ended because it would wait for a lost rank for ever
 
-# What gloo and NCCL write into the plain RuntimeError that they raise.
+# How gloo and NCCL word that another rank did not answer; what a program does wrong they raise by the same types.
 SIGNS = (
-    "gloo",
-    "nccl",
-    "connection closed by peer",
+    "gloo/transport",
+    "connection closed by",
     "connection reset by peer",
+    "connection was likely closed",
     "broken pipe",
-    "timed out waiting",
     "pair closure",
+    "timed out waiting",
+    "operation timed out",
+    "failed or timed out",
+    "wait timeout",
     "socket timeout",
+    "collective operation timeout",
+    "communicator was aborted",
+    "remote process exited",
+    "ncclremoteerror",
 )
+MISUSE = "enforce fail"  # gloo, also in its transport, of tensors that do not fit
 
 
 class Liveness:
@@ -41,7 +50,8 @@ class Liveness:
 
     A thread of its own watches: when a rank has not been heard of for ``timeout``, it writes the reason to stderr and,
     if the main thread does not end by an error of its own within :data:`GRACE`, ends the process with exit code
-    :data:`EXIT_CODE`. So a hang ends also inside code that has no timeout.
+    :data:`EXIT_CODE`. So a hang ends also inside code that has no timeout. When this rank itself has done one thing for
+    longer than ``timeout``, it says where the others are: NCCL may end the process next, and does not say that.
 
     Args:
         rank: of this process.
@@ -220,21 +230,31 @@ class Liveness:
 
     def _watch(self) -> None:
         """Count the seconds in which this process runs, so that its own stops are nobody's silence; judge each."""
-        before, warned = time.monotonic(), ""
+        before, warned, told = time.monotonic(), "", self._doing
         while not self._stop.wait(INTERVAL / 2):
             now = time.monotonic()
             self._attention += min(now - before, INTERVAL)
             before = now
             silent = self._silent(min(WARNING, self.timeout / 2))
             if silent and not warned:
-                _write(f"rank {self.rank}: {silent}; this rank waits for {self.timeout:.0f} s")
+                write_to_stderr(f"rank {self.rank}: {silent}; this rank waits for {self.timeout:.0f} s")
             warned = silent
+            doing = self._doing
+            if self._depth and doing is not told and now - doing[1] > self.timeout:
+                self._tell_where_others_are(*doing)
+                told = doing
             # A main thread that is already on its way out has as long again for it.
             if self._attention - self._spoke_at >= self.timeout and (reason := self._silent(self.timeout)):
                 self._end(reason)
 
+    def _tell_where_others_are(self, doing: str, since: float) -> None:
+        write_to_stderr(
+            f"rank {self.rank} has been in {doing} for {time.monotonic() - since:.0f} s, longer than the timeout of "
+            f"{self.timeout:.0f} s: {self._silent(SILENCE) or self._everybody()}"
+        )
+
     def _end(self, reason: str) -> None:
-        _write(f"rank {self.rank} ({self._doing[0]}) waited for {self.timeout:.0f} s: {reason}")
+        write_to_stderr(f"rank {self.rank} ({self._doing[0]}) waited for {self.timeout:.0f} s: {reason}")
         spoke_at = self._spoke_at
         if not self._stop.wait(GRACE) and self._spoke_at == spoke_at:
             os._exit(EXIT_CODE)
@@ -242,10 +262,13 @@ class Liveness:
 
 def is_failed_collective(error: BaseException) -> bool:
     """Whether torch, gloo or NCCL raised it because other ranks did not answer; never one of a module's own errors."""
-    if isinstance(error, torch.distributed.DistError):
+    if out_of_memory_in(error) is not None:
+        return False
+    if isinstance(error, torch.distributed.DistNetworkError | torch.distributed.DistStoreError):
         return True
     text = str(error).lower()
-    return type(error) is RuntimeError and any(sign in text for sign in SIGNS)
+    collective = type(error) is RuntimeError or isinstance(error, torch.distributed.DistBackendError)
+    return collective and MISUSE not in text and any(sign in text for sign in SIGNS)
 
 
 def _done(beat: Beat) -> bool:
@@ -264,6 +287,7 @@ def _listed(sentences: list[str]) -> str:
     return "; ".join(sentences[:SHOWN]) + more
 
 
-def _write(text: str) -> None:
-    """To stderr past all buffers and locks, which a hanging main thread may hold."""
-    os.write(2, f"lightning-hybrid: {text}\n".encode())
+def write_to_stderr(text: str) -> None:
+    """Past all buffers and locks, which a hanging main thread may hold."""
+    with suppress(OSError):  # a terminal that was closed must not end the thread that watches
+        os.write(2, f"lightning-hybrid: {text}\n".encode())

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch.distributed
 
 from lightning_hybrid.errors import RankLostError
-from lightning_hybrid.strategy.liveness import Liveness, is_failed_collective
+from lightning_hybrid.strategy.liveness import GRACE, Liveness, is_failed_collective
 
 if TYPE_CHECKING:
     from lightning_hybrid.strategy.hybrid import HybridDeepSpeedStrategy
@@ -68,6 +68,7 @@ def begin_liveness(strategy: HybridDeepSpeedStrategy) -> Liveness | None:
     """Start to beat and to watch; None for a rank that is alone."""
     if strategy.world_size == 1:
         return None
+    limit_collectives(strategy._timeout)
     liveness = Liveness(
         strategy.global_rank,
         strategy.world_size,
@@ -109,8 +110,13 @@ def _phase_listeners(strategy: HybridDeepSpeedStrategy) -> list[Callable[[str], 
 
 
 def limit_collectives(timeout: timedelta | None) -> None:
-    """Hold all process groups to the strategy's timeout: DeepSpeed makes groups of its own, with torch's default."""
+    """Hold all process groups to the strategy's timeout: DeepSpeed makes groups of its own, with torch's default.
+
+    NCCL's own watchdog ends the process at its timeout and names nobody. It gets longer, so that :class:`Liveness` has
+    said by then which rank it is.
+    """
     if timeout is None or torch.distributed.get_world_size() == 1:
         return
     for group in torch.distributed.distributed_c10d._world.pg_map:
-        torch.distributed.distributed_c10d._set_pg_timeout(timeout, group)
+        spare = GRACE + 5 if "nccl" in torch.distributed.get_backend_config(group) else 0
+        torch.distributed.distributed_c10d._set_pg_timeout(timeout + timedelta(seconds=spare), group)

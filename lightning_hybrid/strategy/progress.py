@@ -7,8 +7,10 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
+from lightning.fabric.utilities.data import sized_len
+from lightning_utilities.core.rank_zero import rank_zero_warn
 
-from lightning_hybrid.checkpoint import Position, ResumableLoader, capture_streams
+from lightning_hybrid.checkpoint import Position, ResumableLoader, capture_streams, restore_streams
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -29,19 +31,41 @@ class Progress:
         self.trainer = trainer
         self.engines = engines
         self._steps: dict[str, int] = {}
+        self._batches = 0
         self._resume: list[Position] = []
+        self._streams: Position | None = None
 
     # ---- data loaders ------------------------------------------------------------------------------------------------
 
     def resume_at(self, positions: list[Position]) -> None:
         """Let the training loaders, in their order, begin at positions."""
         self._resume = list(positions)
+        self._streams = positions[0]
+
+    def begin_training(self) -> None:
+        """Take up the random streams where a checkpoint was written between two epochs: what begins one may draw."""
+        if self._streams is not None and self._streams.ended:
+            self._take_up_streams()
+
+    def begin_batch(self) -> None:
+        """Take up the random streams where no loader did, which knows better when."""
+        if self._streams is not None and not self._loaders:
+            self._take_up_streams()
+
+    def _take_up_streams(self) -> None:
+        streams, self._streams = self._streams, None
+        if streams is not None and streams.now:
+            restore_streams(streams.now)
 
     def resumable(self, loader: Any) -> Any:
-        """A training loader that knows its position; any other as it is."""
-        # Whatever keeps its own state does so already.
-        if hasattr(loader, "state_dict") or not hasattr(loader, "batch_sampler"):
+        """A training loader that knows its position; as it is one that keeps its own state, or has no length."""
+        if hasattr(loader, "state_dict") or not hasattr(loader, "batch_sampler") or sized_len(loader) is None:
             return loader
+        if getattr(loader, "persistent_workers", False):
+            rank_zero_warn(
+                "persistent_workers=True: what workers draw at random goes on from one epoch to the next, and is not "
+                "the same after a resume; what they do not draw is"
+            )
         known = ResumableLoader(loader, self._at_boundary)
         if self._resume:
             known.resume_at(self._resume.pop(0))
@@ -57,11 +81,16 @@ class Progress:
         if self._gradients_wait:
             return False
         self._steps = self._steps_taken
+        self._batches = self.trainer.fit_loop.epoch_loop.batch_progress.current.ready
         return True
 
     @property
     def _gradients_wait(self) -> bool:
-        return any(engine._unmanaged_backward_count > 0 for engine in self.engines.values())
+        """Under manual optimization only a module knows what gradients that it leaves are for: they are not kept."""
+        module = self.trainer.lightning_module
+        return module.automatic_optimization and any(
+            engine._unmanaged_backward_count > 0 for engine in self.engines.values()
+        )
 
     @property
     def _steps_taken(self) -> dict[str, int]:
@@ -82,17 +111,22 @@ class Progress:
 
     def positions(self) -> list[Position]:
         """Of each training loader."""
-        finished = self.finished
+        finished, ended = self.finished, self._epoch_ended
         if not self._loaders:
-            return [Position(0, {}, capture_streams())]
-        return [loader.position(finished=finished) for loader in self._loaders]
+            return [Position(0, {}, capture_streams(), ended)]
+        return [loader.position(finished=finished, ended=ended) for loader in self._loaders]
+
+    @property
+    def _epoch_ended(self) -> bool:
+        batches: Any = self.trainer.fit_loop.epoch_loop.batch_progress
+        return bool(batches.is_last_batch) or self.trainer.fit_loop.epoch_loop._num_ready_batches_reached()
 
     def described(self, state: Mapping[str, Any]) -> dict[str, Any]:
         """Lightning's state of the run, with its loops where :meth:`positions` says that the data is."""
         if self.finished or not self._loaders:
             return dict(state)
         loops = copy.deepcopy(state["loops"])
-        self._rewind(loops["fit_loop"], self._loaders[0].position(finished=False).batches)
+        self._rewind(loops["fit_loop"], self._batches)
         return {**state, "loops": loops}
 
     def _rewind(self, fit_loop: dict[str, Any], batches: int) -> None:

@@ -70,12 +70,15 @@ class Residency:
             return
         agree(None)  # no rank still works on the last phase
         needed = [belonging for belonging in self.belongings if _needs(phase, runs, belonging)]
-        failure: Exception | None = None
+        failure: MemoryExhaustedError | None = None
         try:
             self._put_to_sleep(needed, phase)
             self._wake(needed)
         except Exception as error:
-            failure = self._explained(error, f"making room for phase {phase!r}")
+            if out_of_memory_in(error) is None:
+                raise
+            failure = self.exhausted(error, str(phase), phase, runs)
+            failure.__cause__ = error
         _agree(failure, f"making room for phase {phase!r}")
 
     def wake_all(self) -> None:
@@ -105,6 +108,7 @@ class Residency:
             self._sleeper.settle(belonging.tensors())
             self._watch.allow(belonging)
         self.belongings, self._may_sleep = [], []
+        self._sleeper, self._watch = Sleeper(self.device), Watch({})  # host buffers and modules are nobody's now
 
     def bytes(self) -> dict[str, int]:
         """What each owner, such as ``actor/optimizer``, holds on the device now; 0 for what sleeps."""
@@ -174,7 +178,7 @@ class Residency:
             self._watch.allow(belonging)
 
 
-def _agree(failure: Exception | None, what: str) -> None:
+def _agree(failure: MemoryExhaustedError | None, what: str) -> None:
     """Raise on every rank where one failed; alone, what it failed with."""
     several = torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
     if failure is not None and not several:

@@ -21,6 +21,7 @@ class Watch:
     """
 
     def __init__(self, engines: Mapping[str, Any]) -> None:
+        self._engines = dict(engines)
         self._modules = {name: getattr(engine, "module", engine) for name, engine in engines.items()}
         self._handles: dict[tuple[str, str], list[RemovableHandle]] = {}
 
@@ -34,6 +35,7 @@ class Watch:
             return
         root = self._modules[belonging.engine]
         if belonging.kind == "weights":
+            self._tell(belonging, _reason(belonging, phase, "run"))
             refuse = _refusal(belonging, phase, training_only=False)
             watched = [module for module in root.modules() if module._parameters]
         else:
@@ -42,19 +44,31 @@ class Watch:
 
     def allow(self, belonging: Belonging) -> None:
         """What was put to sleep is awake again."""
+        if belonging.kind == "weights":
+            self._tell(belonging, None)
         for handle in self._handles.pop((belonging.engine, belonging.kind), []):
             handle.remove()
 
+    def _tell(self, belonging: Belonging, reason: str | None) -> None:
+        """Containers read the weights without calling the modules: a hybrid engine has to know by itself."""
+        engine = self._engines[belonging.engine]
+        if hasattr(engine, "asleep"):
+            engine.asleep = reason
+
 
 def _refusal(belonging: Belonging, phase: str | None, training_only: bool) -> Callable[[nn.Module, Any], None]:
-    when = "between phases" if phase is None else f"in phase {phase!r}"
-    what = "trained" if training_only else "run"
+    reason = _reason(belonging, phase, "trained" if training_only else "run")
 
     def refuse(module: nn.Module, _: Any) -> None:
         if not training_only or torch.is_grad_enabled():
-            raise StrategyError(
-                f"{belonging.engine or 'the module'} was {what} {when}, where {belonging.owner} sleeps "
-                f"(strategy.sleep.{belonging.setting}): enter the phase that needs it first, naming it in `runs`"
-            )
+            raise StrategyError(reason)
 
     return refuse
+
+
+def _reason(belonging: Belonging, phase: str | None, what: str) -> str:
+    when = "between phases" if phase is None else f"in phase {phase!r}"
+    return (
+        f"{belonging.engine or 'the module'} was {what} {when}, where {belonging.owner} sleeps "
+        f"(strategy.sleep.{belonging.setting}): enter the phase that needs it first, naming it in `runs`"
+    )

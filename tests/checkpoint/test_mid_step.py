@@ -15,7 +15,7 @@ import lightning_hybrid.strategy.checkpoint
 from lightning_hybrid import HybridDeepSpeedStrategy
 from lightning_hybrid.modules.update import PPOUpdate
 from tests.checkpoint.runs import ppo, prompt_file, strategy, train
-from tests.helpers import Regression, quiet_trainer, weights_of
+from tests.helpers import GAN, Regression, quiet_trainer, random_batches, weights_of
 
 
 class Losses(L.Callback):
@@ -47,12 +47,16 @@ def shuffled() -> DataLoader[Any]:
     return DataLoader(TensorDataset(rows), batch_size=4, shuffle=True)
 
 
-def regress(losses: Losses, stage: int, resume: Path | None = None, **arguments: Any) -> torch.Tensor:
+def regress(
+    losses: Losses, stage: int, resume: Path | None = None, data: Any = None, also: Any = None, **arguments: Any
+) -> torch.Tensor:
     L.seed_everything(3, verbose=False)
     module = Noisy()
     arguments = {"accumulate_grad_batches": 3, "max_epochs": 3} | arguments
-    trainer = quiet_trainer(HybridDeepSpeedStrategy(stage=stage), callbacks=[losses], **arguments)
-    trainer.fit(module, shuffled(), ckpt_path=None if resume is None else str(resume))
+    trainer = quiet_trainer(
+        HybridDeepSpeedStrategy(stage=stage), callbacks=[losses, *([also] if also else [])], **arguments
+    )
+    trainer.fit(module, data or shuffled(), ckpt_path=None if resume is None else str(resume))
     return weights_of(module)
 
 
@@ -103,3 +107,80 @@ def test_saving_between_the_steps_of_an_update_warns_that_they_are_taken_again(
     monkeypatch.setattr(lightning_hybrid.strategy.checkpoint, "rank_zero_warn", said.append)
     train(ppo(), prompt_file(tmp_path), 1, strategy(2))
     assert "after optimizer steps that a resumed run takes again" in said[0]
+
+
+class Drawing(L.Callback):
+    """Draws where a run and where an epoch begin."""
+
+    def on_train_start(self, *_: Any) -> None:
+        torch.rand(1)
+
+    def on_train_epoch_start(self, *_: Any) -> None:
+        torch.rand(1)
+
+
+def test_what_draws_beside_the_data_does_not_change_its_order(tmp_path: Path) -> None:
+    whole, rest = Losses(tmp_path, (5,)), Losses()
+    weights = regress(whole, 2, also=Drawing(), accumulate_grad_batches=1)
+    resumed = regress(rest, 2, tmp_path / "batch=5.ckpt", also=Drawing(), accumulate_grad_batches=1)
+    assert rest.seen == whole.seen[5:]
+    assert torch.equal(resumed, weights)
+
+
+def test_an_epoch_cut_short_is_over(tmp_path: Path) -> None:
+    whole, rest = Losses(tmp_path, (3,)), Losses()
+    weights = regress(whole, 2, accumulate_grad_batches=1, limit_train_batches=3)
+    resumed = regress(rest, 2, tmp_path / "batch=3.ckpt", accumulate_grad_batches=1, limit_train_batches=3)
+    assert rest.seen == whole.seen[3:]
+    assert torch.equal(resumed, weights)
+
+
+class Batches:
+    """Data that is no loader, and cannot be told where to begin."""
+
+    def __iter__(self) -> Any:
+        return iter([[torch.full((4, 6), float(i))] for i in range(7)])
+
+    def __len__(self) -> int:
+        return 7
+
+
+def test_random_streams_go_on_also_where_the_data_cannot_be_told_where_to_begin(tmp_path: Path) -> None:
+    whole, rest = Losses(tmp_path, (7,)), Losses()
+    weights = regress(whole, 2, data=Batches(), accumulate_grad_batches=1)
+    resumed = regress(rest, 2, tmp_path / "batch=7.ckpt", data=Batches(), accumulate_grad_batches=1)
+    assert rest.seen == whole.seen[7:]
+    assert torch.equal(resumed, weights)
+
+
+class Swapped(GAN):
+    """Steps the discriminator first, so that the generator's loss leaves gradients in it."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        noise, real = batch[0][:, :4], batch[0][:, 4:]
+        generator, discriminator = self.optimizers()
+        self._step(
+            discriminator,
+            lambda: (
+                self._loss(self.discriminator(real), 1.0)
+                + self._loss(self.discriminator(self.generator(noise).detach()), 0.0)
+            ),
+        )
+        self._step(generator, lambda: self._loss(self.discriminator(self.generator(noise)), 1.0))
+
+
+@pytest.mark.parametrize("toggle", [False, True])
+def test_two_optimizers_in_turn_go_on_whatever_gradients_one_leaves_in_the_other(tmp_path: Path, toggle: bool) -> None:
+    def fit(resume: Path | None = None) -> torch.Tensor:
+        class Save(L.Callback):
+            def on_train_batch_end(self, trainer: L.Trainer, *arguments: Any) -> None:
+                if resume is None and arguments[-1] == 2:
+                    trainer.save_checkpoint(tmp_path / "third.ckpt")
+
+        module = Swapped(toggle)
+        trainer = quiet_trainer(HybridDeepSpeedStrategy(stage=2), max_epochs=1, callbacks=[Save()])
+        trainer.fit(module, random_batches(), ckpt_path=None if resume is None else str(resume))
+        return weights_of(module)
+
+    weights = fit()
+    assert torch.equal(fit(tmp_path / "third.ckpt"), weights)

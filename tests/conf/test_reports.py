@@ -94,7 +94,13 @@ def test_wrong_value_is_named_with_what_is_allowed(override: str, line: str) -> 
         (["reward.path=null"], "reward.path = nothing: give exactly one of path (a reward model), function (Python)"),
         (["model.path=null"], "model.path = nothing: give exactly one of path"),
         (
-            ["reward.path=null", "reward.url=https://x", "reward.timeout_seconds=600", "reward.retries=2"],
+            [
+                "reward.path=null",
+                "reward.url=https://x",
+                "reward.timeout_seconds=600",
+                "reward.retries=2",
+                "trainer.devices=2",
+            ],
             "reward.timeout_seconds = 600: with 2 retries a reward may take 1920 s, which must be less than",
         ),
         (["+model.architecture={hidden_size: 8}"], "model.path = 'a-model' beside model.architecture"),
