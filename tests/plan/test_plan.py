@@ -206,6 +206,46 @@ def test_advice_names_settings_that_make_it_fit_and_what_each_saves() -> None:
     assert "then it fits" in report
 
 
+@pytest.mark.parametrize("budget", [None, 600])
+def test_advice_shares_a_model_only_between_ranks_that_its_key_value_heads_divide_over(budget: int | None) -> None:
+    run = {
+        "model": {"architecture": LLAMA | {"num_key_value_heads": 2}},
+        "strategy": {"name": "hybrid_deepspeed_stage_3"},
+        "trainer": {"devices": 8},
+        "rollout": {"max_tokens_in_flight": budget},
+        "device_memory_gib": 0.1,
+    }
+    overrides = [override for item in advise(plan_of(GPU_RUN, **run)) for override in item.overrides]
+    sizes = {override for override in overrides if "inference_tp_size" in override}
+    assert sizes == {"strategy.hybrid_engine.inference_tp_size=2"}
+
+
+def test_a_model_shared_between_more_ranks_than_its_key_value_heads_divide_over_is_refused() -> None:
+    run = {
+        "model": {"architecture": LLAMA | {"num_key_value_heads": 2}},
+        "strategy": {"name": "hybrid_deepspeed_stage_3", "hybrid_engine": {"inference_tp_size": 4}},
+        "trainer": {"devices": 4},
+    }
+    with pytest.raises(ConfigError, match="inference_tp_size=4 does not divide the actor's 2 key-value heads"):
+        plan_of(GPU_RUN, **run)
+
+
+def test_the_host_has_room_for_all_that_ever_sleeps(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA))
+    sleep = {"optimizer": True, "weights": True, "frozen_models": True}
+    plan = plan_of(GPU_RUN, reward={"path": str(tmp_path)}, strategy={"sleep": sleep})
+    networks = plan.setup.networks
+    states = 8 * (networks["actor"].numel + networks["critic"].numel)
+    assert plan.host == pytest.approx(states + 2 * sum(network.numel for network in networks.values()), rel=1e-4)
+    # Never are all of them asleep at once.
+    assert all(moment.bytes(where=HOST) < plan.host for moments in plan.moments.values() for moment in moments)
+
+
+def test_ranks_are_counted_in_words() -> None:
+    assert "; 1 rank, ZeRO-2;" in render(plan_of(CPU_RUN))
+    assert "; 2 ranks, ZeRO-2;" in render(plan_of(CPU_RUN, trainer={"devices": 2}))
+
+
 def test_prompts_are_as_long_as_the_settings_allow_unless_it_is_said() -> None:
     assert plan_of(CPU_RUN, prompt_tokens=None).setup.prompt == 512 - 64
     engine = {"hybrid_engine": {"max_out_tokens": 4096}}

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoConfig
 
 from lightning_hybrid.models import build_policy, disable_dropout
-from lightning_hybrid.models.policy import run_trunk
+from lightning_hybrid.models.policy import extra_arguments, run_trunk
 from lightning_hybrid.plan import trace
 from lightning_hybrid.plan.networks import Network
 from lightning_hybrid.plan.trace import Size, forward_peak, training_peak
@@ -51,7 +51,7 @@ def test_what_is_traced_is_what_autograd_saves(family: str) -> None:
     mask = torch.ones_like(ids)
     mask[0, :8] = 0  # left padding, so that there is a mask
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        hidden = run_trunk(policy.model, ids, mask.bool(), policy._extra)
+        hidden = run_trunk(policy.model, ids, mask.bool(), extra_arguments(policy.model))
     assert hidden.requires_grad
     peak = training_peak(traced, SIZE, 0)
     # Beside what is saved, the peak has what the first steps of the backward pass make.
