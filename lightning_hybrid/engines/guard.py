@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -40,7 +39,6 @@ class StepGuard:
         self._skipped: set[str] = set()
         self._at = 0
         self._losses_were_finite = True
-        self._deferred = False
 
     def step(self, name: str, engine: DeepSpeedEngine, at: int, **kwargs: Any) -> bool:
         """Step ``engine`` if the gradients of all ranks are finite, otherwise drop them; equal on all ranks.
@@ -53,9 +51,6 @@ class StepGuard:
 
         Returns:
             Whether the step was taken.
-
-        Raises:
-            NonFiniteError: after too many in a row, unless :meth:`deferred`.
         """
         own_losses_finite = losses_were_finite(engine)
         forget_losses(engine)
@@ -65,8 +60,6 @@ class StepGuard:
         if engine.fp16_enabled() and engine.dynamic_loss_scale():
             return False
         self._count(name, at, own_losses_finite())
-        if not self._deferred:
-            self.stop_if_hopeless()
         return False
 
     def _count(self, name: str, at: int, own_losses_finite: bool) -> None:
@@ -80,18 +73,10 @@ class StepGuard:
                 f"step {at}: {what} of engine {name!r} are not finite; its optimizer step is skipped on every rank"
             )
 
-    @contextmanager
-    def deferred(self) -> Iterator[None]:
-        """Judge at the end of the block, where an iteration of several steps is whole, and not inside."""
-        self._deferred = True
-        try:
-            yield
-        finally:
-            self._deferred = False
-        self.stop_if_hopeless()
-
     def stop_if_hopeless(self) -> None:
         """Raise on every rank once an engine skipped too many steps in a row; its weights are the last good ones.
+
+        To be asked between two batches: a checkpoint that is written then stands after whole ones.
 
         Only engines that skipped a step since this was last asked are judged.
 

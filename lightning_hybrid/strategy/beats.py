@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from torch._C._distributed_c10d import PrefixStore, TCPStore
 from torch.distributed import distributed_c10d
 
 INTERVAL = 1.0  # seconds between a rank's beats
@@ -112,6 +114,7 @@ class Beats(threading.Thread):
         try:
             # Not to say farewell: the process that holds the store may have left just before, and will not be back.
             if self.failure is not None and not beat.left:
+                _knock(self._shared)
                 self._store = self._connection()
             self._exchange(beat)
             self.failure = None
@@ -138,4 +141,12 @@ class Beats(threading.Thread):
 
     def _connection(self) -> Any:
         """One more to the default group's store, in a corner of this run: a process may run several."""
-        return distributed_c10d.PrefixStore(f"lightning_hybrid/beats/{self._run}", self._shared.clone())
+        return PrefixStore(f"lightning_hybrid/beats/{self._run}", self._shared.clone())
+
+
+def _knock(store: Any) -> None:
+    """Raise OSError at once where nobody listens; torch would try again and again, and abort a process that ends."""
+    while isinstance(store, PrefixStore):
+        store = store.underlying_store
+    if isinstance(store, TCPStore):
+        socket.create_connection((store.host, store.port), timeout=INTERVAL).close()

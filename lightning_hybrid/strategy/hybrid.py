@@ -284,7 +284,7 @@ class HybridDeepSpeedStrategy(DeepSpeedStrategy):
         For modules that take several optimizer steps in one ``training_step``, whose users think in iterations:
         ``max_steps``, ``every_n_train_steps`` and progress then count iterations.
         """
-        with self.guard.deferred(), counted_as_one(self._lightning_optimizers):
+        with counted_as_one(self._lightning_optimizers):
             yield
 
     @override
@@ -294,7 +294,13 @@ class HybridDeepSpeedStrategy(DeepSpeedStrategy):
             self._progress.begin_training()
 
     @override
+    def on_train_end(self) -> None:
+        super().on_train_end()
+        self.guard.stop_if_hopeless()
+
+    @override
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        self.guard.stop_if_hopeless()
         if self._progress is not None:
             self._progress.begin_batch()
 

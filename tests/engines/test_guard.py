@@ -185,6 +185,27 @@ def test_counts_go_on_from_a_checkpoint() -> None:
 
 
 @pytest.mark.usefixtures("alone_in_group")
+def test_a_run_resumed_after_it_was_stopped_begins_to_count_anew() -> None:
+    stopped = StepGuard(3)
+    for step in range(3):
+        stopped._count("actor", step, own_losses_finite=False)
+    with pytest.raises(NonFiniteError):
+        stopped.stop_if_hopeless()
+    resumed = StepGuard(3)
+    resumed.load_state_dict(stopped.state_dict())
+    assert resumed.state_dict() == {"in_a_row": {}, "total": 3}
+
+
+@pytest.mark.usefixtures("alone_in_group")
+def test_a_guard_judges_only_steps_that_were_skipped_since_it_last_did() -> None:
+    guard = StepGuard(1)
+    guard._count("actor", 4, own_losses_finite=False)
+    with pytest.raises(NonFiniteError, match="up to step 4"):
+        guard.stop_if_hopeless()
+    guard.stop_if_hopeless()
+
+
+@pytest.mark.usefixtures("alone_in_group")
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_waiting_gradients_are_found_wherever_zero_keeps_them(stage: int) -> None:
     network = nn.Linear(4, 1)

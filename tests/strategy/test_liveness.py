@@ -11,16 +11,20 @@ import time
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch.distributed import DistBackendError, distributed_c10d
 
 from lightning_hybrid import HybridDeepSpeedStrategy
 from lightning_hybrid.errors import RankLostError, RewardError
-from lightning_hybrid.strategy.beats import Beat, Heard
-from lightning_hybrid.strategy.liveness import EXIT_CODE, Liveness, is_failed_collective
+from lightning_hybrid.strategy.beats import INTERVAL, Beat, Heard
+from lightning_hybrid.strategy.launcher import _how
+from lightning_hybrid.strategy.liveness import EXIT_CODE, GRACE, Liveness, is_failed_collective, write_to_stderr
+from lightning_hybrid.strategy.lost_ranks import limit_collectives
 from tests.helpers import Regression, quiet_trainer, random_batches
 from tests.integration.processes import free_port
 
@@ -253,16 +257,116 @@ def test_doing_is_nested(pair: tuple[Liveness, Liveness]) -> None:
     assert first._doing[0] == "after optimizer_step, step 12"
 
 
+PAIR = "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:553]"
+NCCL = "NCCL error in: ProcessGroupNCCL.cpp:94"
+
+
 @pytest.mark.parametrize(
-    "error", [RewardError("gloo"), ConnectionResetError("Connection reset by peer"), RuntimeError("no")]
+    "error",
+    [
+        RewardError("gloo"),
+        ConnectionResetError("Connection reset by peer"),
+        RuntimeError("no"),
+        RuntimeError("ProcessGroupGloo::allgather: invalid tensor size at index 1 (expected (2), got (3))"),
+        RuntimeError("Invalid scalar type: gloo has an unsupported reduction operation"),
+        RuntimeError("[enforce fail at gloo/transport/tcp/pair.cc:446] op.preamble.length <= op.nbytes. 40 vs 20"),
+        RuntimeError("Check failed: the nccl communicator has no such device"),
+        RuntimeError("Distributed package doesn't have NCCL built in"),
+        RuntimeError("DataLoader timed out after 120 seconds"),
+        DistBackendError(f"{NCCL}, invalid usage, NCCL version 2.27.5"),
+        DistBackendError(f"{NCCL}, unhandled cuda error\nCuda failure 2 'out of memory'"),
+        torch.OutOfMemoryError("CUDA out of memory. gloo/transport"),
+        RuntimeError("[gloo/transport/tcp/buffer.cc:1] std::bad_alloc"),
+    ],
 )
 def test_errors_of_ones_own_are_nobodys_loss(error: Exception) -> None:
     assert not is_failed_collective(error)
 
 
-def test_errors_of_collectives_are_known() -> None:
-    assert is_failed_collective(torch.distributed.DistBackendError("NCCL error"))
-    assert is_failed_collective(RuntimeError("Timed out waiting 8000ms for recv operation to complete"))
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError(f"{PAIR} Connection closed by peer [127.0.0.1]:1234"),
+        RuntimeError(f"{PAIR} Read error [127.0.0.1]:1234: No route to host"),
+        RuntimeError("Timed out waiting 8000ms for recv operation to complete"),
+        RuntimeError("Application timeout caused pair closure"),
+        RuntimeError("writev [127.0.0.1]:1234: Broken pipe"),
+        RuntimeError("Operation timed out!"),
+        DistBackendError(f"{NCCL}, remote process exited or there was a network error, NCCL version 2.27.5"),
+        DistBackendError("[Rank 0] Watchdog caught collective operation timeout: WorkNCCL(SeqNum=7) ran for 8001 ms"),
+        DistBackendError("NCCL communicator was aborted on rank 1."),
+        DistBackendError("retrieving ncclUniqueId from [0] but store->get('0') got error: wait timeout after 8000ms"),
+        torch.distributed.DistStoreError("wait timeout after 8000ms, keys: /1"),
+        torch.distributed.DistNetworkError("Failed to recv, got 0 bytes."),
+    ],
+)
+def test_errors_of_collectives_are_known(error: Exception) -> None:
+    assert is_failed_collective(error)
+
+
+def test_a_store_that_failed_is_connected_to_anew(pair: tuple[Liveness, Liveness]) -> None:
+    first, second = pair
+    failed = threading.Event()
+
+    class Broken:
+        def set(self, key: str, value: str) -> None:
+            failed.set()
+            raise torch.distributed.DistNetworkError("Broken pipe")
+
+    first._beats._store = Broken()
+    first._beats.now(patience=5)
+    assert failed.wait(5)
+    deadline = time.monotonic() + 10
+    while first._beats.failure is not None:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    second.say("reward")
+    second._beats.now(patience=5)
+    first._beats.now(patience=5)
+    assert first._beats.heard[1].beat.doing == "reward, step 12"
+
+
+def test_a_rank_that_waits_too_long_says_once_where_the_others_are(
+    pair: tuple[Liveness, Liveness], capfd: pytest.CaptureFixture[str]
+) -> None:
+    first, second = pair
+    second.say("reward")
+    second._beats.now(patience=5)
+    first._beats.now(patience=5)
+    with first.doing("optimizer_step"):
+        first._doing = (first._doing[0], time.monotonic() - 610)
+        time.sleep(3 * INTERVAL)
+    said = "lightning-hybrid: rank 0 has been in optimizer_step, step 12 for 61"
+    err = capfd.readouterr().err
+    assert err.count(said) == 1
+    assert "s, longer than the timeout of 600 s: rank 1 is alive but has been in reward, step 12 for" in err
+
+
+def test_a_closed_stderr_ends_no_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    def write(descriptor: int, text: bytes) -> int:
+        raise BrokenPipeError
+
+    monkeypatch.setattr(os, "write", write)
+    write_to_stderr("rank 1 was killed")
+
+
+def test_the_end_of_a_process_is_said_in_words() -> None:
+    assert _how(3) == "ended with exit code 3"
+    assert _how(-signal.SIGKILL) == "was killed by SIGKILL"
+    assert _how(-40) == "was killed by signal 40"  # a real-time signal without a name
+
+
+@pytest.mark.usefixtures("alone_in_group")
+@pytest.mark.parametrize(("backend", "seconds"), [("cpu:gloo", 100), ("cpu:gloo,cuda:nccl", 100 + GRACE + 5)])
+def test_nccl_ends_a_process_only_after_the_watch_has_spoken(
+    backend: str, seconds: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[timedelta] = []
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    monkeypatch.setattr(torch.distributed, "get_backend_config", lambda group: backend)
+    monkeypatch.setattr(distributed_c10d, "_set_pg_timeout", lambda timeout, group: given.append(timeout))
+    limit_collectives(timedelta(seconds=100))
+    assert set(given) == {timedelta(seconds=seconds)}
 
 
 def test_a_rank_alone_has_no_threads_for_it() -> None:
