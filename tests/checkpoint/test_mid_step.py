@@ -74,7 +74,7 @@ def test_an_accumulation_that_was_begun_is_done_again(
 
 
 @pytest.mark.parametrize("phase", ["rollout", "reward", "experience"])
-@pytest.mark.parametrize("iteration", [1, 4])
+@pytest.mark.parametrize("iteration", [pytest.param(1, marks=pytest.mark.slow), 4])
 def test_an_iteration_that_was_begun_is_done_again(tmp_path: Path, phase: str, iteration: int) -> None:
     data, target = prompt_file(tmp_path), tmp_path / "middle.ckpt"
     whole, weights = train(ppo(), data, 6, strategy(2))

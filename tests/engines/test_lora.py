@@ -152,7 +152,7 @@ def test_rank_stabilized_adapters_are_scaled_as_in_training(stage: int) -> None:
     torch.testing.assert_close(rollout.policy_logprobs, trained, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("stage", [2, *(pytest.param(stage, marks=pytest.mark.slow) for stage in (1, 3))])
 def test_two_hundred_rollouts_and_updates_in_bf16_leave_the_base_as_it_was(stage: int) -> None:
     policy = adapted("llama")
     engine = hybrid(policy, stage, "bf16-true")

@@ -38,7 +38,10 @@ def test_every_zero_stage_updates_alike_on_one_rank(stage: int) -> None:
     torch.testing.assert_close(critic, expected_critic, rtol=1e-5, atol=5e-6)
 
 
-@pytest.mark.parametrize("aggregation", ["token_mean", "seq_mean_token_mean", "seq_mean_token_sum_norm"])
+@pytest.mark.parametrize(
+    "aggregation",
+    ["token_mean", *(pytest.param(f"seq_mean_token_{how}", marks=pytest.mark.slow) for how in ("mean", "sum_norm"))],
+)
 def test_the_micro_batch_size_does_not_change_the_update(aggregation: str) -> None:
     results = [
         two_ranks.update(stage=2, world_size=1, micro_batch_size=size, aggregation=aggregation) for size in (1, 2, 8)
@@ -50,7 +53,9 @@ def test_the_micro_batch_size_does_not_change_the_update(aggregation: str) -> No
             assert figures[name] == pytest.approx(results[0][2][name], rel=1e-4, abs=1e-6), name
 
 
-@pytest.mark.parametrize("pin", [True, False], ids=["gathered once", "layer by layer"])
+@pytest.mark.parametrize(
+    "pin", [pytest.param(True, marks=pytest.mark.slow), False], ids=["gathered once", "layer by layer"]
+)
 def test_ranks_may_stop_generating_at_different_lengths_under_zero_3(run_ranks: object, pin: bool) -> None:
     outputs = run_ranks(two_ranks.generate_ragged, 2, pin)
     assert ["drew 6" in outputs[0], "drew 15" in outputs[1]] == [True, True]

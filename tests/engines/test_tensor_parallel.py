@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from tests.engines import tensor_parallel
 
 # Every way of slicing at ZeRO-3; where weights are whole, the slices are views and one family of each kind will do.
@@ -9,6 +11,7 @@ PLAN = [(name, 3) for name in ("llama", "qwen2", "qwen3", "mistral", "gemma2", "
 PLAN += [("llama", 0), ("gpt2", 1), ("gpt_neox", 2)]
 
 
+@pytest.mark.slow
 def test_two_ranks_sharing_a_model_draw_what_one_alone_draws(run_ranks: object) -> None:
     outputs = run_ranks(tensor_parallel.generate_shared, 2, PLAN, timeout=240)
     for rank, output in enumerate(outputs):

@@ -54,12 +54,10 @@ def assert_refused(ended: list[Ended], path: Path) -> None:
         assert path.name in rank.err, rank
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "harm", "pattern", "stage"),
-    [
-        (*HARMS[0], 2),
-        *(pytest.param(*harmed, stage, marks=pytest.mark.slow) for stage, harmed in enumerate(HARMS, start=1)),
-    ],
+    [(*harmed, stage) for stage, harmed in enumerate(HARMS)],
 )
 def test_a_harmed_checkpoint(
     name: str, harm: Harm, pattern: str, stage: int, laboratory: Laboratory, tmp_path: Path

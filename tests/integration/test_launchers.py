@@ -77,7 +77,9 @@ def endings(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Endings
     return train
 
 
-@pytest.mark.parametrize("launcher", LAUNCHERS)
+@pytest.mark.parametrize(
+    "launcher", [pytest.param(name, marks=pytest.mark.slow if name == "slurm" else []) for name in LAUNCHERS]
+)
 def test_two_processes_hold_the_same_weights(launcher: str, endings: Callable[[str], Endings]) -> None:
     ranks = endings(launcher)
     assert sorted(ranks) == ["0 of 2", "1 of 2"]

@@ -86,6 +86,7 @@ def metrics(place: Path, output: str = "run") -> list[dict[str, str]]:
     return [{name: value for name, value in row.items() if not name.startswith(CLOCKS)} for row in rows]
 
 
+@pytest.mark.slow
 def test_sigterm_lets_the_phase_end_and_leaves_a_checkpoint(place: Path) -> None:
     run = Running(place, "ppo", **pausing(place))
     (rank,) = run.ranks_in_reward(call=1)

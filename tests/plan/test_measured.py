@@ -62,6 +62,7 @@ def compare(run_ranks: Any, run: dict[str, Any], stage: int, precision: str, ran
             assert ratio == pytest.approx(1.0, abs=CLOSE), (phase, peak.name)
 
 
+@pytest.mark.slow
 def test_a_run_takes_what_was_planned(run_ranks: Any) -> None:
     compare(run_ranks, QUICK, 2, "32-true", 1)
 

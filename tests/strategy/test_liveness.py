@@ -108,6 +108,7 @@ def _survivor(process: subprocess.Popen[bytes], folder: Path, err: Path) -> Surv
     return Survivor(process.returncode, err.read_text(), time.time() - float(harm.read_text()))
 
 
+@pytest.mark.slow
 def test_a_killed_rank_is_named_by_the_other(ranks: Ranks) -> None:
     survivor = ranks.harm("kill", 1)
     assert (
