@@ -74,7 +74,7 @@ def test_the_real_models_logprobs_differ_by_less_than_a_millionth(shared: Path, 
 
 @pytest.mark.parametrize(
     ("stage", "pin"),
-    [pytest.param(*pair, marks=[] if pair in ((2, True), (3, True)) else pytest.mark.slow) for pair in STAGES],
+    [pytest.param(*pair, marks=[] if pair == (3, True) else pytest.mark.slow) for pair in STAGES],
 )
 def test_fifty_alternations_always_see_the_new_weights_and_train_as_if_nothing_had_been_generated(
     stage: int, pin: bool

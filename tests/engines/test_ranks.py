@@ -61,6 +61,7 @@ def test_ranks_may_stop_generating_at_different_lengths_under_zero_3(run_ranks: 
     assert ["drew 6" in outputs[0], "drew 15" in outputs[1]] == [True, True]
 
 
+@pytest.mark.slow
 def test_two_ranks_sample_the_responses_that_one_rank_samples_and_learn_the_same(
     run_ranks: object, tmp_path: Path
 ) -> None:

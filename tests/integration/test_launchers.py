@@ -78,7 +78,7 @@ def endings(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Endings
 
 
 @pytest.mark.parametrize(
-    "launcher", [pytest.param(name, marks=pytest.mark.slow if name == "slurm" else []) for name in LAUNCHERS]
+    "launcher", [pytest.param(name, marks=[] if name == "lightning" else pytest.mark.slow) for name in LAUNCHERS]
 )
 def test_two_processes_hold_the_same_weights(launcher: str, endings: Callable[[str], Endings]) -> None:
     ranks = endings(launcher)

@@ -126,6 +126,7 @@ def test_ppo_runs_on_earlier_folders_with_a_python_reward(made: Path, tmp_path: 
     assert [row["score"] for row in rows] == pytest.approx([gold_score(row["response"]) for row in rows])
 
 
+@pytest.mark.slow
 def test_a_sweep_runs_each_value_in_a_folder_of_its_own(made: Path, tmp_path: Path) -> None:
     ended = ppo(tmp_path, made, "output_dir=sweep", "algorithm.kl_coef=0.01,0.5", "-m")
     assert ended.code == 0, ended
