@@ -15,7 +15,12 @@ PACKAGE = ROOT / "lightning_hybrid"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 # Whom each room may import besides itself. The foundation is open to all; of the others, each to those after it.
-FOUNDATION = {"errors": set[str](), "paths": set[str](), "config": {"errors", "paths"}}
+FOUNDATION = {
+    "errors": set[str](),
+    "paths": set[str](),
+    "settings": {"errors"},
+    "config": {"errors", "paths", "settings"},
+}
 STOREYS = (
     "rl",
     "models",

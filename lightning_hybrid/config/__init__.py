@@ -19,8 +19,8 @@ from lightning_hybrid.config.groups import (
 )
 from lightning_hybrid.config.plan import PlanRun
 from lightning_hybrid.config.roots import PPORun, QuickstartRun, RewardRun, Run, SFTRun, StageOverrides
-from lightning_hybrid.config.settings import Settings
 from lightning_hybrid.config.validate import validate
+from lightning_hybrid.settings import Settings
 
 __all__ = [
     "CallbacksConfig",

@@ -6,7 +6,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
-from lightning_hybrid.config.settings import Problem, Rule, Settings
+from lightning_hybrid.settings import Problem, Rule, Settings
 
 Schedule = Literal["constant", "cosine", "linear"]
 Aggregation = Literal["token_mean", "seq_mean_token_mean", "seq_mean_token_sum", "seq_mean_token_sum_norm"]

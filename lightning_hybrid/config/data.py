@@ -6,7 +6,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveInt
 
-from lightning_hybrid.config.settings import Problem, Rule, Settings
+from lightning_hybrid.settings import Problem, Rule, Settings
 
 FirstPath = Annotated[list[str], Field(min_length=1)]
 

@@ -6,7 +6,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
-from lightning_hybrid.config.settings import Problem, Rule, Settings
+from lightning_hybrid.settings import Problem, Rule, Settings
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 DeviceList = Annotated[str, Field(pattern=r"^(auto|\d+(,\d+)*)$")]

@@ -15,7 +15,7 @@ from lightning_hybrid.config.groups import (
     one_reward_source,
 )
 from lightning_hybrid.config.roots import PPORun
-from lightning_hybrid.config.settings import Problem, Rule
+from lightning_hybrid.settings import Problem, Rule
 
 
 def _architecture_knows_its_vocabulary(config: PlannedModelConfig) -> Problem | None:

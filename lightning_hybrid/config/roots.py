@@ -18,7 +18,7 @@ from lightning_hybrid.config.groups import (
     StrategyConfig,
     TrainerConfig,
 )
-from lightning_hybrid.config.settings import Problem, Rule, Settings
+from lightning_hybrid.settings import Problem, Rule, Settings
 
 
 def ranks_of(trainer: TrainerConfig) -> int | None:

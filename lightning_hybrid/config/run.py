@@ -9,10 +9,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, TypeVar
 
-from lightning_hybrid.config.settings import Settings
 from lightning_hybrid.config.validate import validate
 from lightning_hybrid.errors import ConfigError, LightningHybridError
 from lightning_hybrid.paths import conf_dir
+from lightning_hybrid.settings import Settings
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from lightning_hybrid.config.settings import Detail, Problem, Settings, find_problems, refuse
+from lightning_hybrid.settings import Detail, Problem, Settings, find_problems, refuse
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
