@@ -15,7 +15,7 @@ from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning_utilities.core.rank_zero import rank_zero_only
 from typing_extensions import override
 
-from lightning_hybrid.callbacks.progress_state import as_between_batches
+from lightning_hybrid.strategy.progress import as_between_batches
 
 
 class History(L.Callback):

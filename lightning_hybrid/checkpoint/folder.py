@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from lightning_hybrid.checkpoint.manifest import entries, problem_of, read_manifest
 from lightning_hybrid.errors import CheckpointError
@@ -77,6 +79,10 @@ def problems(folder: Path, *, content: bool = True) -> list[str]:
         manifest = read_manifest(folder)
     except CheckpointError as error:
         return [str(error)]
+    return _problems_of_files(folder, manifest, content=content)
+
+
+def _problems_of_files(folder: Path, manifest: Mapping[str, Any], *, content: bool) -> list[str]:
     found = (problem_of(folder, entry, content=content) for entry in entries(manifest))
     return [problem for problem in found if problem is not None]
 
@@ -96,11 +102,21 @@ def newest_complete(folder: Path | str, besides: Path | None = None) -> Path | N
     found = []
     for entry in sorted(folder.iterdir()):
         hidden = entry.name.startswith(".") or entry.is_symlink() or not entry.is_dir()
-        if hidden or (besides is not None and entry.resolve() == besides.resolve()) or problems(entry, content=False):
+        if hidden or (besides is not None and entry.resolve() == besides.resolve()):
             continue
-        manifest = read_manifest(entry)
-        found.append((entry.stat().st_mtime_ns, int(manifest.get("global_step", 0)), entry))
+        manifest = _manifest_of_complete(entry)
+        if manifest is not None:
+            found.append((entry.stat().st_mtime_ns, int(manifest["global_step"]), entry))
     return max(found)[2] if found else None
+
+
+def _manifest_of_complete(folder: Path) -> dict[str, Any] | None:
+    """None where it cannot be read, or a file that it lists is not there in full size."""
+    try:
+        manifest = read_manifest(folder)
+    except CheckpointError:
+        return None
+    return None if _problems_of_files(folder, manifest, content=False) else manifest
 
 
 def refused(folder: Path, what: str) -> CheckpointError:

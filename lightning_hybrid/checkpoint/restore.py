@@ -18,7 +18,7 @@ from lightning_hybrid.checkpoint.fragments import shape_of
 from lightning_hybrid.checkpoint.loader import Position
 from lightning_hybrid.checkpoint.manifest import entries, problem_of, read_manifest
 from lightning_hybrid.checkpoint.tensors import Stretches, read_tensors
-from lightning_hybrid.engines.agreement import agree
+from lightning_hybrid.engines.agreement import number_of_ranks, of_all_ranks, on_every_rank, own_rank
 from lightning_hybrid.errors import CheckpointError
 
 LIGHTNING = "lightning.ckpt"
@@ -46,12 +46,7 @@ class Checkpoint:
 
     def __init__(self, folder: Path | str) -> None:
         self.folder = Path(folder)
-        result: Any
-        try:
-            result = self._checked()
-        except Exception as error:
-            result = error
-        self.manifest: dict[str, Any] = agree(result, "reading the checkpoint", CheckpointError)
+        self.manifest = on_every_rank(self._checked, "reading the checkpoint", CheckpointError)
         self._refuse_several()
 
     def _checked(self) -> dict[str, Any]:
@@ -59,7 +54,7 @@ class Checkpoint:
             manifest = read_manifest(self.folder)
         except CheckpointError as error:
             raise folders.refused(self.folder, str(error)) from error
-        mine = entries(manifest)[_rank() :: _ranks()]
+        mine = entries(manifest)[own_rank() :: number_of_ranks()]
         found = [problem for problem in (problem_of(self.folder, entry) for entry in mine) if problem is not None]
         if found:
             raise folders.refused(self.folder, "; ".join(found[:5]))
@@ -67,10 +62,7 @@ class Checkpoint:
 
     def _refuse_several(self) -> None:
         """Ranks look for themselves, and a folder that they share may not look the same to all at once."""
-        if _ranks() == 1:
-            return
-        read: list[Any] = [None] * _ranks()
-        torch.distributed.all_gather_object(read, (str(self.folder), self.manifest["global_step"]))
+        read = of_all_ranks((str(self.folder), self.manifest["global_step"]))
         if len({step for _, step in read}) > 1:
             raise CheckpointError(f"ranks read different checkpoints: {read}; give ckpt_path as the path of one")
 
@@ -85,7 +77,7 @@ class Checkpoint:
 
     def buffers(self, name: str) -> dict[str, torch.Tensor]:
         """An engine's, as this rank wrote them; rank 0's on ranks that there were not."""
-        rank = _rank() if self.ranks == _ranks() else 0
+        rank = own_rank() if self.ranks == number_of_ranks() else 0
         return read_tensors(self.folder / rank_file(engine_folder(name), rank, "buffers"))
 
     def summary(self, name: str) -> dict[str, Any]:
@@ -96,8 +88,8 @@ class Checkpoint:
 
     def positions(self) -> list[Position]:
         """Where in each training loader the run stands; streams of this rank, or none with another number of ranks."""
-        same = self.ranks == _ranks()
-        tensors = read_tensors(self.folder / rank_file("streams", _rank() if same else 0))
+        same = self.ranks == number_of_ranks()
+        tensors = read_tensors(self.folder / rank_file("streams", own_rank() if same else 0))
         positions = []
         for index in range(int(self.manifest["loaders"])):
             prefix = f"{index}/"
@@ -161,11 +153,3 @@ def refuse_other_engines(checkpoint: Checkpoint, engines: Mapping[str, Any]) -> 
         raise CheckpointError(
             f"checkpoint '{checkpoint.folder}' holds the engines {sorted(saved)}, and this run has {sorted(mine)}"
         )
-
-
-def _rank() -> int:
-    return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
-
-
-def _ranks() -> int:
-    return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1

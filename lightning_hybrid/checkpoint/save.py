@@ -11,19 +11,20 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from lightning_hybrid.checkpoint import folder as folders
 from lightning_hybrid.checkpoint.manifest import MANIFEST, FileEntry, problem_of, write_manifest
 from lightning_hybrid.checkpoint.tensors import write_tensors
-from lightning_hybrid.engines.agreement import agree
+from lightning_hybrid.engines.agreement import agree, number_of_ranks, of_all_ranks, on_every_rank, own_rank
 from lightning_hybrid.errors import CheckpointError
 
+T = TypeVar("T")
 PARTS = ".parts"
+WRITING = "writing the checkpoint"
 POLL_SECONDS = 0.05
 
 
@@ -46,12 +47,12 @@ class Part:
 
     Attributes:
         tensors: files of tensors.
-        files: other files, each written by the function given with its path.
+        files: the content of other files, by path.
         facts: for the manifest; rank 0's are taken.
     """
 
     tensors: list[TensorFile]
-    files: Mapping[str, Callable[[Path], None]]
+    files: Mapping[str, bytes]
     facts: Mapping[str, Any]
 
 
@@ -80,11 +81,11 @@ class CheckpointWriter:
                 written in a thread. What was complete before is untouched.
         """
         self.wait()
-        _on_every_rank(lambda: self._begin(target))
+        _together(lambda: self._begin(target))
         if not self.asynchronous:
-            entries = _on_every_rank(lambda: _write(folders.beside(target), part), lambda: folders.discard(target))
-            everyones = _gathered(entries)
-            _on_every_rank(lambda: _finish(target, everyones, part), lambda: folders.discard(target))
+            entries = _together(lambda: _write(folders.beside(target), part), lambda: folders.discard(target))
+            everyones = of_all_ranks(entries)
+            _together(lambda: _finish(target, everyones, part), lambda: folders.discard(target))
             return
         part = replace(part, tensors=[file.copied() for file in part.tensors])
         self._thread = threading.Thread(target=self._write_beside_training, args=(target, part), name="checkpoint")
@@ -102,7 +103,7 @@ class CheckpointWriter:
         self._thread = None
         error, self._error = self._error, None
         due, self._due = self._due, []
-        agree(error if error is not None else True, "writing the checkpoint", CheckpointError)
+        agree(error, WRITING, CheckpointError)
         for act in due:
             act()
 
@@ -127,7 +128,7 @@ class CheckpointWriter:
         self.when_complete(partial(_remove, path))
 
     def _begin(self, target: Path) -> None:
-        if _rank() != 0:
+        if own_rank() != 0:
             return
         if target.parent not in self._swept:
             self._swept.add(target.parent)
@@ -141,10 +142,10 @@ class CheckpointWriter:
             try:
                 report: Any = [vars(entry) for entry in _write(folder, part)]
             except Exception as error:
-                report = f"rank {_rank()}: {error}"
+                report = f"rank {own_rank()}: {error}"
                 self._error = error
             _leave_report(folder / PARTS, report)
-            if _rank() == 0:
+            if own_rank() == 0:
                 _finish(target, self._await_reports(folder / PARTS), part)
         except Exception as error:
             self._error = self._error or error
@@ -153,7 +154,7 @@ class CheckpointWriter:
     def _await_reports(self, folder: Path) -> list[list[FileEntry]]:
         """Every rank's entries, once all are there."""
         deadline = time.monotonic() + self.timeout
-        missing = set(range(_ranks()))
+        missing = set(range(number_of_ranks()))
         reports: dict[int, Any] = {}
         while missing:
             for rank in [r for r in missing if (folder / f"{r:05d}.json").exists()]:
@@ -175,10 +176,10 @@ def _write(folder: Path, part: Part) -> list[FileEntry]:
     for file in part.tensors:
         with _naming(folder / file.path):
             entries.append(FileEntry(file.path, *write_tensors(folder / file.path, file.tensors, file.starts)))
-    for path, write in part.files.items():
+    for path, content in part.files.items():
         with _naming(folder / path):
             (folder / path).parent.mkdir(parents=True, exist_ok=True)
-            write(folder / path)
+            (folder / path).write_bytes(content)
             folders.sync(folder / path)
             entries.append(FileEntry.of(folder, path))
     return entries
@@ -204,7 +205,7 @@ class _naming:
 
 def _finish(target: Path, entries: list[list[FileEntry]], part: Part) -> None:
     """Rank 0: check that everyone's files are there, list them, give the folder its name."""
-    if _rank() != 0:
+    if own_rank() != 0:
         return
     folder, files = folders.beside(target), [entry for rank in entries for entry in rank]
     missing = [p for p in (problem_of(folder, entry, content=False) for entry in files) if p is not None]
@@ -224,32 +225,19 @@ def _finish(target: Path, entries: list[list[FileEntry]], part: Part) -> None:
 
 def _leave_report(folder: Path, report: Any) -> None:
     folder.mkdir(exist_ok=True)
-    path = folder / f"{_rank():05d}.json"
+    path = folder / f"{own_rank():05d}.json"
     path.with_suffix(".new").write_text(json.dumps(report), encoding="utf-8")
     os.replace(path.with_suffix(".new"), path)
 
 
-def _on_every_rank(act: Callable[[], Any], undo: Callable[[], None] = lambda: None) -> Any:
-    """What ``act`` returns; where it fails on one rank, every rank raises after ``undo``."""
-    result: Any
+def _together(act: Callable[[], T], undo: Callable[[], None] = lambda: None) -> T:
+    """What ``act`` returns; where it fails on one rank, every rank raises, after rank 0 has done ``undo``."""
     try:
-        result = act()
-    except Exception as error:
-        result = error
-    try:
-        return agree(result, "writing the checkpoint", CheckpointError)
+        return on_every_rank(act, WRITING, CheckpointError)
     except CheckpointError:
-        if _rank() == 0:
+        if own_rank() == 0:
             undo()
         raise
-
-
-def _gathered(entries: list[FileEntry]) -> list[list[FileEntry]]:
-    if _ranks() == 1:
-        return [entries]
-    gathered: list[Any] = [None] * _ranks()
-    torch.distributed.all_gather_object(gathered, entries)
-    return gathered
 
 
 def _remove(path: Path) -> None:
@@ -260,11 +248,3 @@ def _remove(path: Path) -> None:
             path.unlink(missing_ok=True)
     except OSError as error:  # on one rank alone, and the newer one is complete
         rank_zero_warn(f"checkpoint '{path}' is due to be removed and could not be: {error}")
-
-
-def _rank() -> int:
-    return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
-
-
-def _ranks() -> int:
-    return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1

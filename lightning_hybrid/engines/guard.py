@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from lightning_hybrid.engines.agreement import of_all_ranks
 from lightning_hybrid.engines.gradients import discard_gradients, forget_losses, losses_were_finite
 from lightning_hybrid.errors import NonFiniteError
 
@@ -87,15 +88,18 @@ class StepGuard:
         for name in sorted(judged):
             count = self.in_a_row.get(name, 0)
             if count >= self.most_in_a_row:
-                error = NonFiniteError(
-                    f"engine {name!r} skipped its last {count} optimizer steps (strategy.max_nonfinite_steps="
-                    f"{self.most_in_a_row}), up to step {self._at}: {_said(_gather(self._losses_were_finite))}. Its "
-                    "weights are those of its last good step. Lower the learning rate, clip gradients "
-                    "(gradient_clip_val, or algorithm.max_grad_norm), look for extreme rewards or data, "
-                    "or train in precision 32-true"
-                )
-                error.on_every_rank = True
-                raise error
+                raise self._hopeless(name, count)
+
+    def _hopeless(self, name: str, count: int) -> NonFiniteError:
+        error = NonFiniteError(
+            f"engine {name!r} skipped its last {count} optimizer steps (strategy.max_nonfinite_steps="
+            f"{self.most_in_a_row}), up to step {self._at}: {_said(of_all_ranks(self._losses_were_finite))}. Its "
+            "weights are those of its last good step. Lower the learning rate, clip gradients "
+            "(gradient_clip_val, or algorithm.max_grad_norm), look for extreme rewards or data, "
+            "or train in precision 32-true"
+        )
+        error.on_every_rank = True
+        return error
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint needs."""
@@ -183,14 +187,6 @@ def _everywhere(finite: bool) -> bool:
     from lightning_hybrid.engines.lockstep import reduced  # needs DeepSpeed
 
     return reduced(int(finite), torch.distributed.ReduceOp.MIN) == 1
-
-
-def _gather(losses_were_finite: bool) -> list[bool]:
-    """Of each rank, in their order."""
-    gathered: list[Any] = [losses_were_finite] * torch.distributed.get_world_size()
-    if len(gathered) > 1:
-        torch.distributed.all_gather_object(gathered, losses_were_finite)
-    return gathered
 
 
 def _said(losses_were_finite: list[bool]) -> str:

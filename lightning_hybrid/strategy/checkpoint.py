@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Iterable, Mapping
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +25,6 @@ from lightning_hybrid.checkpoint import (
     fingerprints,
     frozen_parameters,
     frozen_tensors,
-    load_weights,
     merged_numbers,
     rank_file,
     refuse_other_engines,
@@ -35,8 +33,9 @@ from lightning_hybrid.checkpoint import (
     restore_frozen,
 )
 from lightning_hybrid.data.checking import notice
-from lightning_hybrid.engines import gathered
+from lightning_hybrid.engines.agreement import of_all_ranks
 from lightning_hybrid.errors import CheckpointError
+from lightning_hybrid.strategy.lost_ranks import seconds
 from lightning_hybrid.strategy.progress import Progress
 
 if TYPE_CHECKING:
@@ -57,8 +56,9 @@ class RunCheckpoints:
     def __init__(self, strategy: HybridDeepSpeedStrategy, progress: Progress) -> None:
         self.strategy = strategy
         self.progress = progress
-        timeout = strategy._timeout.total_seconds() if strategy._timeout else 1800.0
-        self.writer = CheckpointWriter(asynchronous=strategy.checkpoint_config.asynchronous, timeout=timeout)
+        self.writer = CheckpointWriter(
+            asynchronous=strategy.checkpoint_config.asynchronous, timeout=seconds(strategy._timeout)
+        )
         self._fingerprints: dict[str, dict[str, str]] = {}
 
     # ---- writing -----------------------------------------------------------------------------------------------------
@@ -67,7 +67,7 @@ class RunCheckpoints:
         """Write a checkpoint; all ranks call it.
 
         Args:
-            folder: the checkpoint's, the same on every rank.
+            folder: the checkpoint's; rank 0's counts.
             state: what ``Trainer`` dumped.
 
         Raises:
@@ -78,10 +78,11 @@ class RunCheckpoints:
                 f"checkpoint '{folder}' is written in the middle of a step, after optimizer steps that a resumed run "
                 "takes again: save where a training step has ended"
             )
-        residency = self.strategy.residency
+        target, residency = Path(self.strategy.broadcast(folder)), self.strategy.residency
+        state = {**state, "hybrid_deepspeed": {"guard": self.strategy.guard.state_dict()}}
         residency.enter("train", self._read_by_saving())
         try:
-            self.writer.save(Path(folder), self._part(self.progress.described(state)))
+            self.writer.save(target, self._part(self.progress.described(state)))
         finally:
             residency.enter(None)
 
@@ -104,27 +105,33 @@ class RunCheckpoints:
             self.writer.wait()
 
     def _part(self, state: dict[str, Any]) -> Part:
-        tensors, files = [], {}
         rank = torch.distributed.get_rank()
+        tensors, files = self._of_engines(rank)
+        positions = self.progress.positions()
+        streams = {f"{i}/{key}": v for i, position in enumerate(positions) for key, v in position.tensors().items()}
+        tensors.append(TensorFile(rank_file("streams", rank), streams))
+        frozen: dict[str, str | dict[str, str]] = {}
+        for name, module in self._frozen().items():
+            if self._by_value(name, module):
+                tensors.append(TensorFile(rank_file(f"frozen/{name}", rank), *frozen_tensors(module)))
+                frozen[name] = VALUE
+            else:
+                frozen[name] = self._fingerprint(name, module)
+        files[LIGHTNING] = _content(state)
+        facts = self._facts(state) | {"loaders": len(positions), "frozen": frozen}
+        return Part(tensors, files if rank == 0 else {}, facts)
+
+    def _of_engines(self, rank: int) -> tuple[list[TensorFile], dict[str, bytes]]:
+        tensors, files = [], {}
         for name, engine in self.strategy.engines.items():
             kept = engine_state(engine)
             tensors.append(TensorFile(rank_file(engine_folder(name), rank), kept.tensors, kept.starts))
             tensors.append(TensorFile(rank_file(engine_folder(name), rank, "buffers"), kept.buffers))
-            files[f"{engine_folder(name)}/engine.json"] = _json(merged_numbers(_of_all_ranks(kept.summary)))
-        positions = self.progress.positions()
-        streams = {f"{i}/{key}": v for i, position in enumerate(positions) for key, v in position.tensors().items()}
-        tensors.append(TensorFile(rank_file("streams", rank), streams))
-        for name, module in self._frozen().items():
-            if self._by_value(name, module):
-                tensors.append(TensorFile(rank_file(f"frozen/{name}", rank), *frozen_tensors(module)))
-        files[LIGHTNING] = _content(state)
-        return Part(tensors, files if rank == 0 else {}, self._facts(state, len(positions)))
+            files[f"{engine_folder(name)}/engine.json"] = _json(merged_numbers(of_all_ranks(kept.summary)))
+        return tensors, files
 
-    def _facts(self, state: Mapping[str, Any], loaders: int) -> dict[str, Any]:
+    def _facts(self, state: Mapping[str, Any]) -> dict[str, Any]:
         strategy = self.strategy
-        frozen = {
-            name: VALUE if self._by_value(name, m) else self._fingerprint(name, m) for name, m in self._frozen().items()
-        }
         return {
             "global_step": state["global_step"],
             "epoch": state["epoch"],
@@ -132,8 +139,6 @@ class RunCheckpoints:
             "stage": strategy.stage,
             "precision": strategy.precision_plugin.precision,
             "engines": sorted(strategy.engines),
-            "loaders": loaders,
-            "frozen": frozen,
             "config": strategy.run_config,
         }
 
@@ -181,7 +186,9 @@ class RunCheckpoints:
         self._say_what_cannot_be_identical(checkpoint)
         self.strategy.residency.enter(None)
         self.progress.resume_at(checkpoint.positions())
-        return checkpoint.lightning_state(weights_only)
+        state = checkpoint.lightning_state(weights_only)
+        self.strategy.guard.load_state_dict(state["hybrid_deepspeed"]["guard"])
+        return state
 
     def _restore_frozen(self, checkpoint: Checkpoint) -> None:
         mine = self._frozen()
@@ -215,22 +222,6 @@ class RunCheckpoints:
             )
 
 
-def load_modules(folder: str | Path, root: nn.Module) -> Checkpoint:
-    """Load the weights of every engine of a checkpoint into the modules they belong to, to evaluate them.
-
-    Raises:
-        CheckpointError: if it is not what was written, or holds an engine of which ``root`` has no module.
-    """
-    checkpoint = Checkpoint(folder)
-    known = dict(root.named_modules())
-    for name in checkpoint.manifest["engines"]:
-        if name not in known:
-            raise CheckpointError(f"checkpoint '{folder}' has an engine {name!r}, but the module has no such child")
-        with gathered(known[name], writable=True):
-            load_weights(checkpoint, name, known[name])
-    return checkpoint
-
-
 def state_outside_engines(module: nn.Module, owned: Iterable[str]) -> dict[str, Any]:
     """The state dict of ``module`` less everything inside the submodules named in ``owned``."""
     names = list(owned)
@@ -240,29 +231,12 @@ def state_outside_engines(module: nn.Module, owned: Iterable[str]) -> dict[str, 
     return {key: value for key, value in module.state_dict().items() if not (prefixes and key.startswith(prefixes))}
 
 
-def _of_all_ranks(summary: dict[str, Any]) -> list[dict[str, Any]]:
-    if torch.distributed.get_world_size() == 1:
-        return [summary]
-    summaries: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(summaries, summary)
-    return summaries
+def _json(content: Any) -> bytes:
+    return json.dumps(content, indent=1, sort_keys=True).encode()
 
 
-def _json(content: Any) -> Any:
-    text = json.dumps(content, indent=1, sort_keys=True)
-    return partial(_write_text, text)
-
-
-def _write_text(text: str, path: Path) -> None:
-    path.write_text(text, encoding="utf-8")
-
-
-def _content(state: dict[str, Any]) -> Any:
+def _content(state: dict[str, Any]) -> bytes:
     """Lightning's state as it is now, whatever training does to it later."""
     buffer = io.BytesIO()
     torch.save(state, buffer)
-    return partial(_write_bytes, buffer.getvalue())
-
-
-def _write_bytes(content: bytes, path: Path) -> None:
-    path.write_bytes(content)
+    return buffer.getvalue()

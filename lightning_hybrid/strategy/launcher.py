@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
 from lightning.fabric.utilities.distributed import _set_num_threads_if_needed
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from typing_extensions import override
@@ -43,6 +44,12 @@ class WatchedLauncher(_SubprocessScriptLauncher):
             threading.Thread(target=_observe, args=(self.procs, first, self.exits), daemon=True).start()
         _set_num_threads_if_needed(num_processes=self.num_processes)
         return function(*args, **kwargs)
+
+
+def launcher_of(environment: ClusterEnvironment, processes: int, nodes: int) -> WatchedLauncher | None:
+    """None for a run that stays in this process, which is what a notebook needs."""
+    alone = processes * nodes == 1 and not environment.creates_processes_externally
+    return None if alone else WatchedLauncher(environment, processes, nodes)
 
 
 def _observe(processes: list[subprocess.Popen[bytes]], first: int, exits: dict[int, str]) -> None:

@@ -14,7 +14,7 @@ from lightning_hybrid.errors import RankLostError
 from lightning_hybrid.strategy.liveness import GRACE, Liveness, is_failed_collective
 
 if TYPE_CHECKING:
-    from lightning_hybrid.strategy.hybrid import HybridDeepSpeedStrategy
+    from lightning_hybrid.strategy.processes import ProcessesStrategy
 
 T = TypeVar("T", bound=type)
 
@@ -45,7 +45,7 @@ def names_lost_ranks(strategy_class: T) -> T:
 
 def _watched(method: Callable[..., Any], what: str | None) -> Callable[..., Any]:
     @functools.wraps(method)
-    def call(self: HybridDeepSpeedStrategy, *args: Any, **kwargs: Any) -> Any:
+    def call(self: ProcessesStrategy, *args: Any, **kwargs: Any) -> Any:
         alone = _meeting if method.__name__ == "setup_environment" else nullcontext
         with alone() if self.liveness is None else self.liveness.doing(what):
             return method(self, *args, **kwargs)
@@ -64,7 +64,7 @@ def _meeting() -> Iterator[None]:
         raise
 
 
-def begin_liveness(strategy: HybridDeepSpeedStrategy) -> Liveness | None:
+def begin_liveness(strategy: ProcessesStrategy) -> Liveness | None:
     """Start to beat and to watch; None for a rank that is alone."""
     if strategy.world_size == 1:
         return None
@@ -85,7 +85,7 @@ def seconds(timeout: timedelta | None) -> float:
     return (timeout or torch.distributed.default_pg_timeout).total_seconds()
 
 
-def end_liveness(strategy: HybridDeepSpeedStrategy) -> None:
+def end_liveness(strategy: ProcessesStrategy) -> None:
     """Say farewell, and stop to beat and to watch."""
     liveness, strategy.liveness = strategy.liveness, None
     if liveness is None:
@@ -96,13 +96,23 @@ def end_liveness(strategy: HybridDeepSpeedStrategy) -> None:
     liveness.stop()
 
 
-def follow_phases(strategy: HybridDeepSpeedStrategy) -> None:
+def tell_of(strategy: ProcessesStrategy, exception: BaseException) -> None:
+    """Tell the other ranks what ends this one; where that is the loss of another rank, note it on the exception."""
+    if strategy.liveness is None:
+        return
+    lost = strategy.liveness.lost_rank_behind(exception)
+    strategy.liveness.last_words(lost or exception)
+    if lost is not None:  # of a collective outside the methods that are watched
+        exception.add_note(str(lost))
+
+
+def follow_phases(strategy: ProcessesStrategy) -> None:
     """Tell the other ranks each phase that the module begins, where it names phases as PPOModule does."""
     if strategy.liveness is not None:
         _phase_listeners(strategy).append(strategy.liveness.say)
 
 
-def _phase_listeners(strategy: HybridDeepSpeedStrategy) -> list[Callable[[str], None]]:
+def _phase_listeners(strategy: ProcessesStrategy) -> list[Callable[[str], None]]:
     listeners: list[Callable[[str], None]] = getattr(
         getattr(strategy.lightning_module, "phases", None), "listeners", []
     )

@@ -1,4 +1,4 @@
-"""Where a checkpoint says that a run stands, also when it is written in the middle of a step."""
+"""Where a checkpoint says that a run stands, also when it is written in the middle of a step or of an epoch."""
 
 from __future__ import annotations
 
@@ -34,6 +34,7 @@ class Progress:
         self._batches = 0
         self._resume: list[Position] = []
         self._streams: Position | None = None
+        self._resumed = False
 
     # ---- data loaders ------------------------------------------------------------------------------------------------
 
@@ -41,6 +42,7 @@ class Progress:
         """Let the training loaders, in their order, begin at positions."""
         self._resume = list(positions)
         self._streams = positions[0]
+        self._resumed = True
 
     def begin_training(self) -> None:
         """Take up the random streams where a checkpoint was written between two epochs: what begins one may draw."""
@@ -48,9 +50,21 @@ class Progress:
             self._take_up_streams()
 
     def begin_batch(self) -> None:
-        """Take up the random streams where no loader did, which knows better when."""
+        """Take up the random streams where no loader did, which knows better when; called once a batch is ready."""
+        if self._resumed:
+            self._forget_batches_done_again()
         if self._streams is not None and not self._loaders:
             self._take_up_streams()
+
+    def _forget_batches_done_again(self) -> None:
+        """Lightning counts a batch that is done again after a resume twice as begun, in all that ever began.
+
+        The next checkpoint would say that one more was begun than done, and a run that went on from it would stand one
+        batch before its data.
+        """
+        self._resumed = False
+        ever: Any = self.trainer.fit_loop.epoch_loop.batch_progress.total
+        ever.ready, ever.started, ever.processed = ever.completed + 1, ever.completed, ever.completed
 
     def _take_up_streams(self) -> None:
         streams, self._streams = self._streams, None
@@ -131,13 +145,41 @@ class Progress:
 
     def _rewind(self, fit_loop: dict[str, Any], batches: int) -> None:
         """Let the loops say that the batch after the first ``batches`` of the epoch was begun, and no more."""
-        progress = fit_loop["epoch_loop.batch_progress"]
-        before = progress["total"]["ready"] - progress["current"]["ready"]
-        for part, offset in (("total", before), ("current", 0)):
-            done = {"completed": batches + offset, "processed": batches + offset}
-            progress[part] |= done | {"ready": batches + offset + 1, "started": batches + offset + 1}
-        progress["is_last_batch"] = False
+        _say_done(fit_loop, batches, begun=1)
         # On a restart Lightning counts the batch that was begun as one that stepped, unless it accumulates.
         every, last = self.trainer.accumulate_grad_batches, self.trainer.num_training_batches
         if (batches + 1) % every == 0 or batches + 1 >= last:
             fit_loop["epoch_loop.state_dict"]["_batches_that_stepped"] -= 1
+
+
+def as_between_batches(fit_loop: dict[str, Any], batches_per_epoch: float) -> None:
+    """Make a saved loop state say that the batches that are done are done, and nothing else has begun.
+
+    Lightning counts a batch as ready before it is trained, and an epoch as done when training ends within it. Resumed
+    from such a state, it would skip the last batch of an epoch, log one row too high, or begin an epoch anew.
+
+    Args:
+        fit_loop: the state of Lightning's fit loop, changed in place.
+        batches_per_epoch: infinite where unknown.
+    """
+    current, epochs = fit_loop["epoch_loop.batch_progress"]["current"], fit_loop["epoch_progress"]
+    whole = current["completed"] >= batches_per_epoch
+    if whole:
+        current["completed"] = 0
+    _say_done(fit_loop, current["completed"], begun=0)
+    for part in ("total", "current"):
+        # `ready` counts the epoch that is running.
+        _count(epochs[part], done=epochs[part]["ready"] - (not whole), begun=1)
+
+
+def _say_done(fit_loop: dict[str, Any], batches: int, *, begun: int) -> None:
+    """Let a saved loop state say that the first ``batches`` of the epoch are done, and ``begun`` more have begun."""
+    progress = fit_loop["epoch_loop.batch_progress"]
+    of_earlier_epochs = progress["total"]["completed"] - progress["current"]["completed"]
+    _count(progress["total"], done=of_earlier_epochs + batches, begun=begun)
+    _count(progress["current"], done=batches, begun=begun)
+    progress["is_last_batch"] = False
+
+
+def _count(progress: dict[str, int], *, done: int, begun: int) -> None:
+    progress.update(ready=done + begun, started=done + begun, processed=done, completed=done)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from lightning_hybrid.config import SleepConfig
-from lightning_hybrid.engines.agreement import agree
+from lightning_hybrid.engines.agreement import agree, number_of_ranks, own_rank
 from lightning_hybrid.engines.belongings import Belonging, frozen_belongings, trained_belongings
 from lightning_hybrid.engines.memory import out_of_memory_in, readable, requested_bytes, resident_bytes
 from lightning_hybrid.engines.sleep import Sleeper, give_own_storage, storage_of
@@ -155,8 +155,7 @@ class Residency:
         size = "" if asked is None else f": {readable(asked)} were asked for"
         held = sorted(self.bytes().items(), key=lambda item: -item[1])[:LISTED]
         owners = ", ".join(f"{owner} {readable(held_bytes)}" for owner, held_bytes in held if held_bytes)
-        rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
-        return f"rank {rank} ran out of memory in {what}{size}. On {self.device} are {owners or 'no engines'}"
+        return f"rank {own_rank()} ran out of memory in {what}{size}. On {self.device} are {owners or 'no engines'}"
 
     def _put_to_sleep(self, needed: Sequence[Belonging], phase: Phase | None) -> None:
         # A storage may have several owners, such as the base of an adapter and a frozen model.
@@ -180,8 +179,7 @@ class Residency:
 
 def _agree(failure: MemoryExhaustedError | None, what: str) -> None:
     """Raise on every rank where one failed; alone, what it failed with."""
-    several = torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
-    if failure is not None and not several:
+    if failure is not None and number_of_ranks() == 1:
         raise failure
     agree(failure, what, MemoryExhaustedError)
 

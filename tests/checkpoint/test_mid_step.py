@@ -60,21 +60,46 @@ def regress(
     return weights_of(module)
 
 
+def assert_goes_on(folder: Path, saved: int, after: int, stage: int = 2, **arguments: Any) -> None:
+    """A run resumed from what was saved after some batches is the uninterrupted one, from batch ``after`` on."""
+    whole, rest = Losses(folder, (saved,)), Losses()
+    weights = regress(whole, stage, **arguments)
+    resumed = regress(rest, stage, folder / f"batch={saved}.ckpt", **arguments)
+    assert rest.seen == whole.seen[after:]
+    assert torch.equal(resumed, weights)
+
+
 # Seven batches per epoch, steps after 3, 6 and 7.
 @pytest.mark.parametrize("stage", [2, *(pytest.param(stage, marks=pytest.mark.slow) for stage in (0, 1, 3))])
 @pytest.mark.parametrize(("saved", "goes_on_after"), [(5, 3), (6, 6), (7, 7), (8, 7), (13, 13), (16, 14), (18, 17)])
 def test_an_accumulation_that_was_begun_is_done_again(
     tmp_path: Path, stage: int, saved: int, goes_on_after: int
 ) -> None:
-    whole, rest = Losses(tmp_path, (saved,)), Losses()
-    weights = regress(whole, stage)
-    resumed = regress(rest, stage, tmp_path / f"batch={saved}.ckpt")
+    assert_goes_on(tmp_path, saved, goes_on_after, stage)
+
+
+@pytest.mark.parametrize(("first", "then", "goes_on_after"), [(5, 7, 7), (8, 11, 10), (8, 13, 13), (8, 14, 14)])
+def test_a_run_that_was_resumed_in_an_epoch_is_resumed_again(
+    tmp_path: Path, first: int, then: int, goes_on_after: int
+) -> None:
+    whole, resumed, rest = Losses(tmp_path, (first,)), Losses(tmp_path, (then,)), Losses()
+    weights = regress(whole, 2)
+    begins = {5: 3, 8: 7}[first]
+    resumed.batches = begins
+    regress(resumed, 2, tmp_path / f"batch={first}.ckpt")
+    assert resumed.seen == whole.seen[begins:]
+    assert torch.equal(regress(rest, 2, tmp_path / f"batch={then}.ckpt"), weights)
     assert rest.seen == whole.seen[goes_on_after:]
-    assert torch.equal(resumed, weights)
 
 
-@pytest.mark.parametrize("phase", ["rollout", "reward", "experience"])
-@pytest.mark.parametrize("iteration", [pytest.param(1, marks=pytest.mark.slow), 4])
+@pytest.mark.parametrize(
+    ("iteration", "phase"),
+    [
+        (4, "reward"),
+        *(pytest.param(4, phase, marks=pytest.mark.slow) for phase in ("rollout", "experience")),
+        *(pytest.param(1, phase, marks=pytest.mark.slow) for phase in ("rollout", "reward", "experience")),
+    ],
+)
 def test_an_iteration_that_was_begun_is_done_again(tmp_path: Path, phase: str, iteration: int) -> None:
     data, target = prompt_file(tmp_path), tmp_path / "middle.ckpt"
     whole, weights = train(ppo(), data, 6, strategy(2))
@@ -120,19 +145,11 @@ class Drawing(L.Callback):
 
 
 def test_what_draws_beside_the_data_does_not_change_its_order(tmp_path: Path) -> None:
-    whole, rest = Losses(tmp_path, (5,)), Losses()
-    weights = regress(whole, 2, also=Drawing(), accumulate_grad_batches=1)
-    resumed = regress(rest, 2, tmp_path / "batch=5.ckpt", also=Drawing(), accumulate_grad_batches=1)
-    assert rest.seen == whole.seen[5:]
-    assert torch.equal(resumed, weights)
+    assert_goes_on(tmp_path, 5, 5, also=Drawing(), accumulate_grad_batches=1)
 
 
 def test_an_epoch_cut_short_is_over(tmp_path: Path) -> None:
-    whole, rest = Losses(tmp_path, (3,)), Losses()
-    weights = regress(whole, 2, accumulate_grad_batches=1, limit_train_batches=3)
-    resumed = regress(rest, 2, tmp_path / "batch=3.ckpt", accumulate_grad_batches=1, limit_train_batches=3)
-    assert rest.seen == whole.seen[3:]
-    assert torch.equal(resumed, weights)
+    assert_goes_on(tmp_path, 3, 3, accumulate_grad_batches=1, limit_train_batches=3)
 
 
 class Batches:
@@ -146,11 +163,7 @@ class Batches:
 
 
 def test_random_streams_go_on_also_where_the_data_cannot_be_told_where_to_begin(tmp_path: Path) -> None:
-    whole, rest = Losses(tmp_path, (7,)), Losses()
-    weights = regress(whole, 2, data=Batches(), accumulate_grad_batches=1)
-    resumed = regress(rest, 2, tmp_path / "batch=7.ckpt", data=Batches(), accumulate_grad_batches=1)
-    assert rest.seen == whole.seen[7:]
-    assert torch.equal(resumed, weights)
+    assert_goes_on(tmp_path, 7, 7, data=Batches(), accumulate_grad_batches=1)
 
 
 class Swapped(GAN):

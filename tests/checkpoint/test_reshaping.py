@@ -70,11 +70,10 @@ def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) ->
 @pytest.mark.parametrize(
     ("before", "after"),
     [
-        (0, 3),
         (3, 2),
         *(
             pytest.param(*pair, marks=pytest.mark.slow)
-            for pair in ((0, 1), (1, 0), (1, 2), (1, 3), (2, 0), (2, 3), (3, 0))
+            for pair in ((0, 1), (0, 3), (1, 0), (1, 2), (1, 3), (2, 0), (2, 3), (3, 0))
         ),
     ],
 )

@@ -36,7 +36,7 @@ def assert_resumes_exactly(folder: Path, stage: int, lora: bool, precision: str,
 @pytest.mark.parametrize(
     ("stage", "lora", "precision"),
     [
-        (0, False, "32-true"),
+        pytest.param(0, False, "32-true", marks=pytest.mark.slow),
         (2, False, "32-true"),
         (2, True, "bf16-mixed"),
         pytest.param(0, True, "32-true", marks=pytest.mark.slow),

@@ -61,20 +61,21 @@ def fit(rows: Tensor, module: L.LightningModule | None = None, most: int = 10, *
     return module, strategy
 
 
-@pytest.mark.parametrize(
-    "layout",
-    [
-        {"stage": 0},
-        {"stage": 1},
-        {"stage": 2},
-        {"stage": 3, "config": SHARD_EVERYTHING},
-        {"stage": 2, "offload_optimizer": True},
-        {"stage": 3, "offload_optimizer": True},
-    ],
-    ids=["0", "1", "2", "3", "2, offloaded", "3, offloaded"],
-)
-@pytest.mark.parametrize("trainer", [{}, {"gradient_clip_val": 0.1}], ids=["plain", "clipped"])
-def test_a_poisoned_batch_is_as_if_it_had_not_been(layout: dict[str, Any], trainer: dict[str, Any]) -> None:
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "0": {"stage": 0},
+    "1": {"stage": 1},
+    "2": {"stage": 2},
+    "3": {"stage": 3, "config": SHARD_EVERYTHING},
+    "2, offloaded": {"stage": 2, "offload_optimizer": True},
+    "3, offloaded": {"stage": 3, "offload_optimizer": True},
+}
+# Clipping reads the norm that tells what is not finite.
+CLIPPED = [pytest.param(name, 0.1, marks=[] if name in ("0", "3") else pytest.mark.slow) for name in LAYOUTS]
+
+
+@pytest.mark.parametrize(("name", "clip"), [*((name, None) for name in LAYOUTS), *CLIPPED])
+def test_a_poisoned_batch_is_as_if_it_had_not_been(name: str, clip: float | None) -> None:
+    layout, trainer = LAYOUTS[name], {"gradient_clip_val": clip}
     found, strategy = fit(poisoned(2), strategy=layout, **trainer)
     wanted, _ = fit(without(2), strategy=layout, **trainer)
     assert torch.equal(weights_of(found), weights_of(wanted))

@@ -60,8 +60,13 @@ def test_every_weight_trains_the_output_head_included(stage: int) -> None:
     assert [name for name in before if torch.equal(before[name], after[name])] == []
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-@pytest.mark.parametrize("pin", [True, False])
+REST = ((0, False), (1, False), (2, False), (3, True))
+
+
+@pytest.mark.parametrize(
+    ("stage", "pin"),
+    [(0, True), (1, True), (2, True), (3, False), *(pytest.param(*x, marks=pytest.mark.slow) for x in REST)],
+)
 def test_training_is_bit_identical_whether_or_not_it_generated_in_between(stage: int, pin: bool) -> None:
     results = []
     for generates in (False, True):

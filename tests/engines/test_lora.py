@@ -52,8 +52,20 @@ def merged(policy: Policy, name: str, **changes: Any) -> Any:
     return copy.model.merge_and_unload().eval()
 
 
-@pytest.mark.parametrize("name", TARGETS)
-@pytest.mark.parametrize(("stage", "pin"), [(0, True), (1, True), (2, True), (3, True), (3, False)])
+STAGES = [(0, True), (1, True), (2, True), (3, True), (3, False)]
+# Each family, each stage.
+DEFAULT = [("llama", 0, True), ("gpt2", 1, True), *((name, 2, True) for name in TARGETS)]
+DEFAULT += [("qwen2", 3, True), ("gpt_neox", 3, False)]
+
+
+@pytest.mark.parametrize(
+    ("name", "stage", "pin"),
+    [
+        pytest.param(name, *stage, marks=[] if (name, *stage) in DEFAULT else pytest.mark.slow)
+        for stage in STAGES
+        for name in TARGETS
+    ],
+)
 def test_generation_equals_that_of_the_merged_model_after_every_step(name: str, stage: int, pin: bool) -> None:
     policy = adapted(name)
     engine = hybrid(policy, stage, pin_parameters=pin)

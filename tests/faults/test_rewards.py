@@ -23,7 +23,8 @@ def assert_stopped_with_a_checkpoint(trial: Trial, ended: list[Ended], said: str
     assert f"checkpoint: {trial.place.newest()}" in ended[0].err, ended[0]
 
 
-@pytest.mark.parametrize("failing", [1, pytest.param(0, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("failing", [1, 0])
 def test_a_reward_that_raises_on_one_rank(failing: int, laboratory: Laboratory, tmp_path: Path) -> None:
     chance = drawn("raises", failing)
     setting = Setting(2) if failing else setting_of(chance)

@@ -87,6 +87,7 @@ def test_two_processes_hold_the_same_weights(launcher: str, endings: Callable[[s
     assert ranks["0 of 2"][0] == 2 * 3  # optimizers × batches of each rank, as Lightning counts
 
 
+@pytest.mark.slow
 def test_every_launcher_trains_to_the_same_weights_in_the_same_number_of_steps(
     endings: Callable[[str], Endings],
 ) -> None:

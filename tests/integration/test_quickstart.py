@@ -115,6 +115,7 @@ def test_metrics_have_the_promised_columns(stage: str, made: Path) -> None:
     assert columns(made / stage) >= PROMISED_COLUMNS[stage]
 
 
+@pytest.mark.slow
 def test_ppo_runs_on_earlier_folders_with_a_python_reward(made: Path, tmp_path: Path) -> None:
     from lightning_hybrid.data.task import gold_score
 
@@ -153,6 +154,7 @@ def refused(ended: Ended) -> str:
     return ended.err[ended.err.index("error: ") :]
 
 
+@pytest.mark.slow
 def test_all_problems_of_a_command_are_reported_together(tmp_path: Path) -> None:
     wrong = ["algorithm.kl_ceof=0.2", "rollout.max_tokens=3", "trainer.max_steps=-4"]
     ended = call(tmp_path, "ppo", "experiment=quickstart/ppo", "output_dir=out", *wrong)
@@ -173,11 +175,16 @@ def too_many_devices() -> int:
     ("overrides", "message"),
     [
         (["data.path=no_rows.jsonl"], "no_rows.jsonl: no such file (looked from {folder})"),
-        (
+        pytest.param(
             ["model.path=./no_model", "model.architecture=null", "model.tokenizer=null"],
             "model path './no_model' does not exist",
+            marks=pytest.mark.slow,
         ),
-        ([f"trainer.devices={too_many_devices()}"], f"devices={too_many_devices()} CPU processes for "),
+        pytest.param(
+            [f"trainer.devices={too_many_devices()}"],
+            f"devices={too_many_devices()} CPU processes for ",
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["no data", "no model", "too many devices"],
 )

@@ -58,8 +58,11 @@ def test_what_is_traced_is_what_autograd_saves(family: str) -> None:
     assert sum(saved.values()) <= peak.bytes <= 1.25 * sum(saved.values()) + 3 * SIZE.chunk * 512 * 4
 
 
-@pytest.mark.parametrize("family", SMALL)
-@pytest.mark.parametrize("scalar", [False, True])
+@pytest.mark.parametrize(
+    ("family", "scalar"),
+    [("llama", False), ("gpt2", True), ("gemma3_text", False)]
+    + [pytest.param(*x, marks=pytest.mark.slow) for x in (("llama", True), ("gpt2", False), ("gemma3_text", True))],
+)
 def test_two_depths_tell_what_a_deep_model_holds(family: str, scalar: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     deep = network(family, layers=26, scalar=scalar)
     monkeypatch.setattr(trace, "_TRACED", {})

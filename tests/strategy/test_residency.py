@@ -39,7 +39,14 @@ def trained(stage: int, sleep: dict[str, bool], ppo: PPOModule, steps: int = 3, 
     return torch.cat([weights_of(ppo.actor), weights_of(ppo.critic)])
 
 
-@pytest.mark.parametrize(("stage", "precision"), [(0, "32-true"), (2, "bf16-mixed"), (3, "32-true")])
+@pytest.mark.parametrize(
+    ("stage", "precision"),
+    [
+        (2, "bf16-mixed"),
+        pytest.param(0, "32-true", marks=pytest.mark.slow),
+        pytest.param(3, "32-true", marks=pytest.mark.slow),
+    ],
+)
 def test_ppo_with_a_learned_reward_trains_bit_identically_when_all_that_may_sleep_does(
     stage: int, precision: str
 ) -> None:
