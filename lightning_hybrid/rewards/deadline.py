@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextvars
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import Future, wait
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -68,6 +69,58 @@ def within(seconds: float, function: Callable[[], T]) -> T:
     if not future.done():
         raise TookTooLong
     return future.result()
+
+
+class EventLoop:
+    """An event loop in a daemon thread of its own, started with the first call; it lasts, and with it what users open
+    in it, such as connections.
+    """
+
+    def __init__(self) -> None:
+        self._running: asyncio.AbstractEventLoop | None = None
+
+    def run(self, make: Callable[[], Coroutine[Any, Any, T]], seconds: float) -> T:
+        """Run a coroutine and wait for it, with the context variables and PyTorch's settings of the caller.
+
+        Args:
+            make: Gives the coroutine, in the loop's thread.
+            seconds: How long to wait.
+
+        Returns:
+            What the coroutine returned.
+
+        Raises:
+            TookTooLong: Time was up. The coroutine is cancelled; the next call has a new loop, as this one may hang.
+            BaseException: What the coroutine raised.
+        """
+        future: Future[T] = Future()
+        settings = _torch_settings()
+
+        async def work() -> None:
+            try:
+                with settings():
+                    result = await make()
+            except BaseException as error:  # an exit too: it is the caller's, and would end the loop here
+                future.set_exception(error)
+            else:
+                future.set_result(result)
+
+        task = asyncio.run_coroutine_threadsafe(work(), self._loop())
+        wait([future], timeout=seconds)
+        if not future.done():
+            task.cancel()
+            self._running = None
+            raise TookTooLong
+        return future.result()
+
+    def _loop(self) -> asyncio.AbstractEventLoop:
+        if self._running is None:
+            self._running = asyncio.new_event_loop()
+            threading.Thread(target=self._running.run_forever, name="lightning-hybrid-reward", daemon=True).start()
+        return self._running
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_running": None}  # a copy starts its own
 
 
 def _torch_settings() -> Callable[[], AbstractContextManager[None]]:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import inspect
 import time
 from collections.abc import Callable, Collection, Mapping, Set
-from typing import Any, TypeVar
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,15 +15,19 @@ from torch import Tensor
 
 from lightning_hybrid.errors import ConfigError, RewardError
 from lightning_hybrid.rewards.answers import is_score
-from lightning_hybrid.rewards.deadline import TookTooLong, check_seconds, within
+from lightning_hybrid.rewards.base import Fields, Reward, taken
+from lightning_hybrid.rewards.calling import Columns, SampleFailed, UserFunction, in_time
+from lightning_hybrid.rewards.deadline import TookTooLong, check_seconds
 
-RewardCallable = Callable[[list[str], list[str]], Any]
+RewardCallable = Callable[..., Any]
 EXCERPT = 60
-T = TypeVar("T")
 
 
-class RewardFunction:
+class RewardFunction(Reward):
     """Calls ``function(prompts, responses)`` and insists on one finite number per response.
+
+    Further parameters are columns of the data by their names, ``async def`` is awaited, and a function of ``prompt``
+    and ``response`` is called for each sample: see :class:`~lightning_hybrid.rewards.calling.UserFunction`.
 
     Numbers may be ints, floats, numpy scalars or 0-dim tensors in any sequence, or one 1-dim array or tensor. Booleans
     are refused like other non-numbers: a comparison returned by mistake looks the same as one meant as 0 and 1.
@@ -28,9 +35,10 @@ class RewardFunction:
     The function runs in a thread of its own, a new one for each call, so that one that hangs does not hang the run.
 
     Args:
-        function: Takes a list of prompts and one of responses.
-        timeout_seconds: How long one call may take. ``None``: for ever, in the thread of the caller; for functions that
-            need that thread, such as those that use signals or a connection that belongs to it.
+        function: Takes a list of prompts and one of responses, and columns of the data by their names.
+        timeout_seconds: How long one batch may take. ``None``: for ever, in the thread of the caller; for functions
+            that need that thread, such as those that use signals or a connection that belongs to it. An async function
+            has the thread of its event loop in any case.
 
     Raises:
         ConfigError: ``function`` cannot be called, or the time limit is none.
@@ -39,9 +47,14 @@ class RewardFunction:
         >>> reward = RewardFunction(lambda prompts, responses: [len(r) for r in responses])
         >>> reward(["a", "b"], ["xx", "y"])
         tensor([2., 1.])
+        >>> def right(prompts, responses, answer):
+        ...     return [float(response == gold) for response, gold in zip(responses, answer)]
+        >>> RewardFunction(right)(["1 + 1 = ", "1 + 2 = "], ["2", "4"], {"answer": ["2", "3"]})
+        tensor([1., 0.])
     """
 
     def __init__(self, function: RewardCallable, timeout_seconds: float | None = 300.0) -> None:
+        super().__init__()
         if not callable(function):
             raise ConfigError(f"the reward is {function!r}, which cannot be called: pass reward(prompts, responses)")
         self.function = function
@@ -49,27 +62,46 @@ class RewardFunction:
         if timeout_seconds is not None:
             check_seconds(f"reward {self.name!r}", timeout_seconds)
         self.timeout_seconds = timeout_seconds
+        self._user = UserFunction(function, self.name)
+        self.needed_fields = self._user.needed
 
-    def __call__(self, prompts: list[str], responses: list[str]) -> Tensor:
-        """Scores each response.
+    def columns_read(self, fields: Fields | None) -> frozenset[str]:
+        """Those that its parameters name."""
+        return self._user.reads(fields)
+
+    def identity(self) -> str:
+        """The function's name, and the content of the file that defines it."""
+        function = inspect.unwrap(self.function)
+        try:
+            source = inspect.getsourcefile(function if inspect.isroutine(function) else type(function))
+            content = Path(source or "").read_bytes()
+        except (TypeError, OSError):  # builtins, and what was typed into a console
+            content = b""
+        module = getattr(function, "__module__", "")
+        return f"{super().identity()} of {module} {hashlib.sha256(content).hexdigest()}"
+
+    def prepare(self, prompts: list[str], responses: list[str], fields: Fields | None = None) -> Tensor:
+        """The scores.
 
         Args:
             prompts: One text per sample.
             responses: One text per sample.
+            fields: Columns of the data, each with one value per sample.
 
         Returns:
             Float32[B], on the CPU.
 
         Raises:
-            RewardError: The function raised, did not end in time, or did not return one finite number per response. The
-                message names the function, the sample, its value and the start of its prompt and response.
+            RewardError: A column is missing, or the function raised, did not end in time, or did not return one finite
+                number per response. The message names the function, the sample, its value and the start of its prompt
+                and response.
         """
         if len(prompts) != len(responses):
             raise RewardError(
                 f"reward {self.name!r} was given {len(prompts)} prompts and {len(responses)} responses: pass one of "
                 "each per sample"
             )
-        answer = self._call(prompts, responses)
+        answer = self._call(prompts, responses, fields)
         try:
             scores = self._scores(_plain(answer), prompts, responses)
         except RewardError:
@@ -81,37 +113,41 @@ class RewardFunction:
             ) from error
         return torch.tensor(scores, dtype=torch.float32, device="cpu")
 
-    def _call(self, prompts: list[str], responses: list[str]) -> Any:
+    def _call(self, prompts: list[str], responses: list[str], fields: Fields | None) -> Any:
+        columns = taken(self.name, self.columns_read(fields), fields, len(responses))
         began = time.monotonic()
         try:
-            # copies: what it is given is its own to change
-            return _in_time(lambda: self.function(list(prompts), list(responses)), self.timeout_seconds)
+            return self._user.call(prompts, responses, columns, self.timeout_seconds)
         except TookTooLong as error:
             batch = f"{len(responses)} samples, from {_sample(0, prompts, responses)} on" if responses else "no samples"
             raise RewardError(
                 f"reward {self.name!r} has not ended after {self.timeout_seconds:g} seconds, for {batch}: make it "
                 "faster, give it smaller batches, or raise timeout_seconds"
             ) from error
+        except SampleFailed as failed:
+            cause, sample = failed.__cause__, _sample(failed.index, prompts, responses)
+            raise RewardError(f"reward {self.name!r} raised {_said(cause)}, for {sample}") from cause
         except Exception as error:
-            blamed = self._blamed(prompts, responses, time.monotonic() - began)
+            blamed = self._blamed(prompts, responses, columns, time.monotonic() - began)
             raise RewardError(f"reward {self.name!r} raised {_said(error)}, for {blamed}") from error
 
-    def _blamed(self, prompts: list[str], responses: list[str], spent: float) -> str:
+    def _blamed(self, prompts: list[str], responses: list[str], columns: Columns, spent: float) -> str:
         """The sample for which the function raises, looked for in what is left of the time."""
         left = None if self.timeout_seconds is None else self.timeout_seconds - spent
         try:
-            index = _in_time(lambda: self._first_raising(prompts, responses), left)
+            index = in_time(lambda: self._first_raising(prompts, responses, columns), left)
         except TookTooLong:
             return f"{len(responses)} samples together; time was up before each had been tried alone"
         if index is None:
             return f"{len(responses)} samples together but for none alone"
         return _sample(index, prompts, responses)
 
-    def _first_raising(self, prompts: list[str], responses: list[str]) -> int | None:
+    def _first_raising(self, prompts: list[str], responses: list[str], columns: Columns) -> int | None:
         """Finds the sample to blame by calling the function on one sample after the other."""
         for index, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
+            row = {name: [values[index]] for name, values in columns.items()}
             try:
-                self.function([prompt], [response])
+                self._user.call([prompt], [response], row, None)
             except Exception:
                 return index
         return None
@@ -140,10 +176,6 @@ class RewardFunction:
         return float(value)
 
 
-def _in_time(function: Callable[[], T], seconds: float | None) -> T:
-    return function() if seconds is None else within(seconds, function)
-
-
 def _plain(value: Any) -> Any:
     """Turns tensors, arrays and numpy scalars into Python lists and numbers; other things pass."""
     if isinstance(value, Tensor):
@@ -157,7 +189,7 @@ def _shown(value: Any) -> str:
     return f"{_short(_text(repr, value) or 'an object without a readable form')} ({type(value).__name__})"
 
 
-def _said(error: Exception) -> str:
+def _said(error: BaseException | None) -> str:
     return f"{type(error).__name__}: {_text(str, error)}"
 
 

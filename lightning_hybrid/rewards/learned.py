@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,15 +11,17 @@ from torch import Tensor
 from lightning_hybrid.data.tokenizing import encode_texts, pad_batch, with_bos, with_eos
 from lightning_hybrid.errors import RewardError
 from lightning_hybrid.models import ScalarModel, max_positions
+from lightning_hybrid.rewards.base import Fields, Reward
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 # Read in one forward pass, unless told otherwise.
 TEXTS_AT_ONCE = 32
+Encoder = Callable[[list[str], list[str]], list[list[int]]]
 
 
-class LearnedReward:
+class LearnedReward(Reward):
     """Score ``prompt + response`` with a reward model, tokenised by the reward model's own tokenizer.
 
     The text gets a BOS and an EOS like the texts that the reward model was trained on, whether or not the response
@@ -28,55 +31,70 @@ class LearnedReward:
         model: the reward model.
         tokenizer: its tokenizer, which may differ from the policy's.
         batch_size: texts per forward pass.
+        encoder: from prompts and responses to token ids, for models that were trained on other texts, such as those of
+            a chat template.
     """
 
-    def __init__(self, model: ScalarModel, tokenizer: PreTrainedTokenizerBase, batch_size: int = TEXTS_AT_ONCE) -> None:
+    def __init__(
+        self,
+        model: ScalarModel,
+        tokenizer: PreTrainedTokenizerBase,
+        batch_size: int = TEXTS_AT_ONCE,
+        encoder: Encoder | None = None,
+    ) -> None:
+        super().__init__()
+        self.models = {"": model}
+        self.encoder = encoder or self._encode_plainly
         self.model = model
         self.tokenizer = tokenizer
         self.name = type(model.model).__name__
         self.batch_size = batch_size
         self.limit = max_positions(model.config)
 
-    def __call__(self, prompts: list[str], responses: list[str]) -> Tensor:
-        """Score each response.
-
-        Args:
-            prompts: ``batch`` texts.
-            responses: ``batch`` texts, each continuing its prompt.
-
-        Returns:
-            ``[batch]`` float32 on the CPU.
-
-        Raises:
-            RewardError: if a text is longer than the reward model's positions, or its score is not finite.
-        """
-        return self.score_ids(self.encode(prompts, responses))
-
-    def encode(self, prompts: list[str], responses: list[str]) -> list[list[int]]:
+    def prepare(self, prompts: list[str], responses: list[str], fields: Fields | None = None) -> list[list[int]]:
         """Token ids of each whole text; raises a RewardError where one has more than the model has positions."""
-        texts = [prompt + response for prompt, response in zip(prompts, responses, strict=True)]
-        return [self._ids(row, encoded) for row, encoded in enumerate(encode_texts(self.tokenizer, texts))]
+        encoded = self.encoder(prompts, responses)
+        for row, ids in enumerate(encoded):
+            check_length(row, len(ids), self.limit)
+        return encoded
 
     @torch.no_grad()
-    def score_ids(self, ids: list[list[int]]) -> Tensor:
-        """Score texts given as token ids, with BOS and EOS; ``[batch]`` float32 on the CPU."""
-        scores = torch.cat([self._score(ids[i : i + self.batch_size]) for i in range(0, len(ids), self.batch_size)])
-        if not scores.isfinite().all():
-            row = int((~scores.isfinite()).nonzero()[0])
-            text = self.tokenizer.decode(ids[row])
-            raise RewardError(f"the reward model scored sample {row} as {scores[row].item()}: text {text[:80]!r}")
+    def run(self, prepared: list[list[int]]) -> tuple[list[list[int]], Tensor]:
+        """The texts again, and the model's scores of them, unchecked."""
+        size, device = self.batch_size, next(self.model.parameters()).device
+        scores = [torch.zeros(0)]
+        for start in range(0, len(prepared), size):
+            tokens, mask = (x.to(device) for x in pad_batch(prepared[start : start + size], 0))
+            scores.append(self.model.score(tokens, mask).float().cpu())
+        return prepared, torch.cat(scores)
+
+    def conclude(self, ran: tuple[list[list[int]], Tensor]) -> Tensor:
+        """The scores; raises a RewardError where one is not finite."""
+        ids, scores = ran
+        check_finite(scores, lambda row: str(self.tokenizer.decode(ids[row])))
         return scores
 
-    def _ids(self, row: int, encoded: list[int]) -> list[int]:
-        ids = with_eos(self.tokenizer, with_bos(self.tokenizer, encoded))
-        if self.limit is not None and len(ids) > self.limit:
-            raise RewardError(
-                f"sample {row} has {len(ids)} tokens for the reward model, which has {self.limit} positions: "
-                "shorten prompts or rollout.max_new_tokens"
-            )
-        return ids
+    def score_ids(self, ids: list[list[int]]) -> Tensor:
+        """Score texts given as token ids, with their special tokens; ``[batch]`` float32 on the CPU."""
+        return self.conclude(self.run(ids))
 
-    def _score(self, ids: list[list[int]]) -> Tensor:
-        device = next(self.model.parameters()).device
-        tokens, mask = (x.to(device) for x in pad_batch(ids, 0))
-        return self.model.score(tokens, mask).cpu()
+    def _encode_plainly(self, prompts: list[str], responses: list[str]) -> list[list[int]]:
+        texts = [prompt + response for prompt, response in zip(prompts, responses, strict=True)]
+        encoded = encode_texts(self.tokenizer, texts)
+        return [with_eos(self.tokenizer, with_bos(self.tokenizer, ids)) for ids in encoded]
+
+
+def check_length(row: int, length: int, limit: int | None) -> None:
+    """Raise a RewardError for a text with more tokens than a model has positions; None is no limit."""
+    if limit is not None and length > limit:
+        raise RewardError(
+            f"sample {row} has {length} tokens for the reward model, which has {limit} positions: "
+            "shorten prompts or rollout.max_new_tokens"
+        )
+
+
+def check_finite(scores: Tensor, text: Callable[[int], str]) -> None:
+    """Raise a RewardError that shows the first text with a score that is not finite."""
+    if not scores.isfinite().all():
+        row = int((~scores.isfinite()).nonzero()[0])
+        raise RewardError(f"the reward model scored sample {row} as {scores[row].item()}: text {text(row)[:80]!r}")

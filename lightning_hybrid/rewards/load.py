@@ -1,29 +1,78 @@
-"""The reward of a configuration: a function by its name, an endpoint by its address."""
+"""The reward of a configuration, built from its one source or from its terms."""
 
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from types import ModuleType
 
 from lightning_hybrid.config import RewardSourceConfig
+from lightning_hybrid.config.reward import RewardTermConfig
 from lightning_hybrid.errors import ConfigError
+from lightning_hybrid.models import load_scalar, load_tokenizer
+from lightning_hybrid.rewards.base import Reward
+from lightning_hybrid.rewards.cache import CachedReward, FileStore, MemoryStore, Store
+from lightning_hybrid.rewards.classifier import load_classifier
 from lightning_hybrid.rewards.function import RewardCallable, RewardFunction
+from lightning_hybrid.rewards.learned import LearnedReward
 from lightning_hybrid.rewards.remote import RemoteReward
+from lightning_hybrid.rewards.verify import ExactReward, FormatReward, GSM8KReward, MathReward, RepetitionPenalty
+from lightning_hybrid.rewards.weighted import WeightedRewards
 
 FORMAT = '"package.module:function"'
+VERIFIERS: dict[str, Callable[[str, float], Reward]] = {"math": MathReward, "gsm8k": GSM8KReward, "exact": ExactReward}
+# Judged faster than looked up.
+CHEAP = (GSM8KReward, ExactReward, FormatReward, RepetitionPenalty)
 
 
-def reward_from(source: RewardSourceConfig) -> str | RewardFunction | RemoteReward:
-    """The reward that a configuration names, as `PPOModule` takes it: for a reward model, its path.
+def reward_from(source: RewardSourceConfig) -> Reward:
+    """The reward that a configuration names, as `PPOModule` takes it.
 
     Raises:
-        ConfigError: The function or the endpoint cannot be used.
+        ConfigError: A function, endpoint, model or cache cannot be used; names the term.
     """
+    store = _store(source.cache)
+    if not source.terms:
+        return _cached(_one(source), store)
+    return WeightedRewards({name: (term.weight, _term(name, term, store)) for name, term in source.terms.items()})
+
+
+def load_learned(path: str) -> LearnedReward:
+    """The reward model of a folder or hub name, with its own tokenizer."""
+    return LearnedReward(load_scalar(path), load_tokenizer(path))
+
+
+def _term(name: str, term: RewardTermConfig, store: Store | None) -> Reward:
+    try:
+        return _cached(_one(term), store)
+    except ConfigError as error:
+        raise ConfigError(f"reward.terms.{name}: {error}") from error
+
+
+def _one(source: RewardTermConfig) -> Reward:
     if source.url is not None:
-        return RemoteReward(source.url, source.token_variable, source.timeout_seconds, source.retries)
+        limits = source.timeout_seconds, source.retries
+        return RemoteReward(source.url, source.token_variable, *limits, source.send_fields)
     if source.function is not None:
         return RewardFunction(load_reward_function(source.function), source.timeout_seconds)
-    return str(source.path)
+    if source.classifier is not None:
+        return load_classifier(source.classifier)
+    if source.verify is not None:
+        return VERIFIERS[source.verify](source.answer_key, source.timeout_seconds)
+    if source.format is not None:
+        return FormatReward(source.format, source.timeout_seconds)
+    return RepetitionPenalty(source.ngram) if source.penalty is not None else load_learned(str(source.path))
+
+
+def _store(cache: bool | str) -> Store | None:
+    if isinstance(cache, str):
+        return FileStore(cache)
+    return MemoryStore() if cache else None
+
+
+def _cached(reward: Reward, store: Store | None) -> Reward:
+    """Behind the cache, where there is one and it has use; reward models in engines must be asked on every rank."""
+    return reward if store is None or reward.models or isinstance(reward, CHEAP) else CachedReward(reward, store)
 
 
 def load_reward_function(spec: str) -> RewardCallable:

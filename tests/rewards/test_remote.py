@@ -302,3 +302,26 @@ def test_a_key_in_the_query_is_sent_but_not_shown() -> None:
 def test_as_many_prompts_as_responses_are_asked_for() -> None:
     with pytest.raises(RewardError, match="was given 2 prompts and 1 responses"):
         RemoteReward("https://scores.example")(PROMPTS, ["one"])
+
+
+# ---- columns of the data -------------------------------------------------------------------------------------------
+
+
+def test_columns_are_sent_where_they_are_asked_for() -> None:
+    fields = {"answer": ["2", None], "level": [1, 2], "id": [7, 8]}
+    with serving(lengths) as server:
+        reward = RemoteReward(server.url, send_fields=["level", "answer"])
+        assert reward.needed_fields == {"answer", "level"}
+        assert reward(["p", "q"], ["a", "bb"], fields).tolist() == [1.0, 2.0]
+        RemoteReward(server.url)(["p"], ["a"], {"answer": ["2"]})
+    sent = {"prompts": ["p", "q"], "responses": ["a", "bb"], "fields": {"answer": ["2", None], "level": [1, 2]}}
+    assert [texts for texts, _ in server.requests] == [sent, {"prompts": ["p"], "responses": ["a"]}]
+
+
+def test_columns_that_are_missing_or_cannot_be_sent_are_named() -> None:
+    reward = RemoteReward("https://scores.example", send_fields=["answer"])
+    with pytest.raises(RewardError, match="reward 'https://scores.example.*' asks for the column 'answer'"):
+        reward(["p"], ["a"], {"gold": ["2"]})
+    for value in (object(), float("nan")):
+        with pytest.raises(RewardError, match=r"a value of the columns \['answer'\] cannot be sent as JSON"):
+            reward(["p"], ["a"], {"answer": [value]})
