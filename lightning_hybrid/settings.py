@@ -5,7 +5,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from types import NoneType
+from typing import Any, ClassVar, Self, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -45,6 +46,11 @@ class Settings(BaseModel):
         refuse(find_problems(type(self), values), f"in {type(self).__name__}")
         super().__init__(**values)
 
+    @classmethod
+    def schema_for(cls, values: Mapping[str, Any]) -> type[Self]:
+        """What to hold `values` against; a group that comes in kinds decides by them."""
+        return cls
+
     # Nested groups are then validated as fields, under their full key, rather than constructed one by one.
     __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]
 
@@ -80,19 +86,34 @@ def find_problems(schema: type[BaseModel], values: Mapping[str, Any], known: Seq
 def _field_path(schema: type[BaseModel], location: Location) -> tuple[str, ...]:
     """The part of pydantic's location that names keys; what follows are branches of a union and list positions."""
     path: list[str] = []
-    current: type[BaseModel] | None = schema
+    current: Any = schema
     for part in location:
-        if current is None:
-            break
         path.append(str(part))
-        field = current.model_fields.get(str(part))
-        current = _group(field.annotation) if field else None
+        current = _inside(current, str(part))
+        if _group(current) is None and _named_groups(current) is None:
+            break
     return tuple(path)
 
 
+def _inside(annotation: Any, key: str) -> Any:
+    """The annotation of what stands under a key: of a group's field, or of one of several groups with names."""
+    group = _group(annotation)
+    if group is None:
+        return _named_groups(annotation)
+    field = group.model_fields.get(key)
+    return field.annotation if field else None
+
+
 def _group(annotation: Any) -> type[BaseModel] | None:
-    """The group of settings that a field holds, or None for a plain value."""
-    return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
+    """The group of settings that a field holds, also one that may be null; None for other values."""
+    kinds = [kind for kind in get_args(annotation) or (annotation,) if kind is not NoneType]
+    alone = kinds[0] if len(kinds) == 1 and get_origin(annotation) not in (list, tuple) else None
+    return alone if isinstance(alone, type) and issubclass(alone, BaseModel) else None
+
+
+def _named_groups(annotation: Any) -> type[BaseModel] | None:
+    """The group of which a field holds several by name, `dict[str, Group]`; None for other fields."""
+    return _group(get_args(annotation)[1]) if get_origin(annotation) is dict else None
 
 
 def _explain(schema: type[BaseModel], path: tuple[str, ...], details: list[Detail]) -> Problem:
@@ -122,8 +143,10 @@ def _show(value: Any) -> str:
 
 def _owner(schema: type[BaseModel], path: tuple[str, ...]) -> type[BaseModel]:
     """The group in which the last key of `path` stands."""
+    current: Any = schema
     for part in path[:-1]:
-        schema = _group(schema.model_fields[part].annotation) or schema
+        current = _inside(current, part)
+        schema = _group(current) or schema
     return schema
 
 
@@ -155,10 +178,17 @@ def _readable(schema: type[BaseModel], values: Mapping[str, Any], wrong: set[tup
     """The settings with every wrong value left out: reading one raises AttributeError."""
     known = {name: values[name] for name in schema.model_fields if name in values}
     for name, value in known.items():
-        group = _group(schema.model_fields[name].annotation)
+        annotation = schema.model_fields[name].annotation
+        group, named = _group(annotation), _named_groups(annotation)
+        inside = {path[1:] for path in wrong if path[0] == name and len(path) > 1}
         if group and isinstance(value, Mapping):
-            inside = {path[1:] for path in wrong if path[0] == name and len(path) > 1}
             known[name] = _readable(group, value, inside)
+        elif named and isinstance(value, Mapping):
+            known[name] = {
+                key: _readable(named, item, {path[1:] for path in inside if path[0] == key and len(path) > 1})
+                for key, item in value.items()
+                if isinstance(item, Mapping) and (key,) not in inside
+            }
     view = schema.model_construct(**known)
     for path in wrong:
         if len(path) == 1:
@@ -175,5 +205,7 @@ def _broken_rules(view: BaseModel, prefix: str) -> Iterator[Problem]:
         if problem:
             yield replace(problem, key=prefix + problem.key)
     for name, value in view.__dict__.items():
-        if isinstance(value, BaseModel):
-            yield from _broken_rules(value, f"{prefix}{name}.")
+        named = value.items() if isinstance(value, dict) else ()
+        for key, group in ((name, value), *((f"{name}.{key}", item) for key, item in named)):
+            if isinstance(group, BaseModel):
+                yield from _broken_rules(group, f"{prefix}{key}.")

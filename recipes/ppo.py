@@ -1,7 +1,8 @@
-"""PPO: a policy learns to write what a reward model or a Python function prefers, held near its start by a KL penalty.
+"""PPO and its relatives: a policy learns to write what a reward prefers, held near its start by a KL penalty.
 
-One step of the Trainer is one iteration: rollout, reward, experience, update. Out comes a Hugging Face folder,
-``<output_dir>/model``, and sampled responses in ``<output_dir>/samples.jsonl``.
+``algorithm=ppo`` trains a critic; ``grpo``, ``dr_grpo``, ``rloo``, ``reinforce_plus_plus`` (and ``_baseline``),
+``gspo``, ``dapo`` and ``cispo`` need none. One step of the Trainer is one iteration: rollout, reward, experience, update.
+Out comes a Hugging Face folder, ``<output_dir>/model``, and sampled responses in ``<output_dir>/samples.jsonl``.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from lightning_hybrid.assemble import data_arguments, make_policy, make_tokenize
 from lightning_hybrid.callbacks import HFExport, SampleLog
 from lightning_hybrid.config import PPORun
 from lightning_hybrid.config.run import recipe_main
-from lightning_hybrid.data import PromptDataModule
+from lightning_hybrid.data import InstructionDataModule, PromptDataModule
 from lightning_hybrid.modules import PPOModule
 from lightning_hybrid.rewards import reward_from
 
@@ -35,6 +36,8 @@ def train_ppo(run: PPORun, stage: str = "ppo") -> Path:
         critic=run.model.critic,
         reference=run.model.reference,
         seed=run.seed,
+        ptx=None if run.ptx.path is None else InstructionDataModule(**data_arguments(run.ptx, tokenizer, policy)),
+        roles=run.roles,
     )
     folder = Path(run.output_dir) / "model"
     samples = SampleLog(Path(run.output_dir) / "samples.jsonl")

@@ -18,16 +18,18 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 FOUNDATION = {
     "errors": set[str](),
     "paths": set[str](),
+    "rl": set[str](),
     "settings": {"errors"},
-    "config": {"errors", "paths", "settings"},
+    "algorithms": {"rl", "errors", "settings"},
+    "config": {"errors", "paths", "settings", "algorithms"},
 }
 STOREYS = (
-    "rl",
     "models",
     "containers",
     "generation",
     "engines",
     "checkpoint",
+    "export",
     "rollout",
     "data",
     "rewards",

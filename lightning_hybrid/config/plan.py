@@ -7,14 +7,9 @@ from typing import ClassVar
 from pydantic import Field, PositiveFloat, PositiveInt
 
 from lightning_hybrid.config.data import PromptDataConfig
-from lightning_hybrid.config.groups import (
-    ModelConfig,
-    PPOModelConfig,
-    RewardSourceConfig,
-    architecture_needs_tokenizer,
-    one_reward_source,
-)
-from lightning_hybrid.config.roots import PPORun
+from lightning_hybrid.config.groups import ModelConfig, PPOModelConfig, architecture_needs_tokenizer
+from lightning_hybrid.config.ppo import PPORun
+from lightning_hybrid.config.reward import RewardSourceConfig, one_reward_source, sources_of
 from lightning_hybrid.settings import Problem, Rule
 
 
@@ -25,9 +20,15 @@ def _architecture_knows_its_vocabulary(config: PlannedModelConfig) -> Problem | 
     return Problem("architecture", "must have vocab_size: a plan reads no tokenizer", given)
 
 
+def _plans_whole_models(config: PlannedModelConfig) -> Problem | None:
+    if config.adapter is None and config.critic_adapter is None:
+        return None
+    key = "critic_adapter" if config.adapter is None else "adapter"
+    return Problem(key, "a plan knows whole models only, which take more memory than adapters: leave it out", "given")
+
+
 def _at_most_one_source(config: PlannedRewardConfig) -> Problem | None:
-    nothing = (config.path, config.function, config.url) == (None, None, None)
-    return None if nothing else one_reward_source(config)
+    return one_reward_source(config) if sources_of(config) or config.terms else None
 
 
 class PlannedModelConfig(PPOModelConfig):
@@ -36,13 +37,17 @@ class PlannedModelConfig(PPOModelConfig):
     rules: ClassVar[tuple[Rule, ...]] = (
         *(rule for rule in ModelConfig.rules if rule is not architecture_needs_tokenizer),
         _architecture_knows_its_vocabulary,
+        _plans_whole_models,
     )
 
 
 class PlannedRewardConfig(RewardSourceConfig):
     """Where scores come from; nothing stands for a function, which takes no memory of the device."""
 
-    rules: ClassVar[tuple[Rule, ...]] = (_at_most_one_source,)
+    rules: ClassVar[tuple[Rule, ...]] = (
+        *(rule for rule in RewardSourceConfig.rules if rule is not one_reward_source),
+        _at_most_one_source,
+    )
 
 
 class PlanRun(PPORun):

@@ -24,6 +24,7 @@ def validate(schema: type[SettingsT], cfg: DictConfig | Mapping[str, Any]) -> Se
         ConfigError: listing all problems: unknown keys, `???` left open, wrong types and ranges, broken rules.
     """
     values, unresolved = _resolve(cfg)
+    schema = schema.schema_for(values)
     refuse(find_problems(schema, values, unresolved), "in the configuration")
     return schema.model_validate(values)
 

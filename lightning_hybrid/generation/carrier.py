@@ -48,6 +48,11 @@ class Rollout:
         kept = self._with(lambda tensor: tensor[begin:end, columns])
         return replace(kept, finish_reasons=self.finish_reasons[begin:end])
 
+    def pick(self, index: Sequence[int]) -> Rollout:
+        """The rows of these numbers, in this order, with all columns."""
+        kept = self._with(lambda tensor: tensor[list(index)])
+        return replace(kept, finish_reasons=tuple(self.finish_reasons[row] for row in index))
+
     def usable_in_training(self) -> Rollout:
         """The same rollout in tensors that autograd accepts, where these were made in inference mode."""
         return self._with(Tensor.clone)
@@ -86,6 +91,34 @@ class Rollout:
     def logprobs(self) -> list[list[float]]:
         """The sampled tokens' log-probs under the raw policy, without padding."""
         return _ragged(self.policy_logprobs, self.response_mask)
+
+
+def join(rollouts: Sequence[Rollout]) -> Rollout:
+    """All rows of several rollouts, padded so that every response begins in the same column.
+
+    Raises:
+        ValueError: for no rollouts.
+    """
+    if not rollouts:
+        raise ValueError("there are no rollouts to join: give at least one")
+    before = max(_begin(rollout) for rollout in rollouts)
+    after = max(rollout.tokens.shape[1] - _begin(rollout) for rollout in rollouts)
+
+    def padded(rollout: Rollout) -> Rollout:
+        begin = _begin(rollout)
+        sides = (before - begin, after - (rollout.tokens.shape[1] - begin))
+        return rollout._with(lambda tensor: torch.nn.functional.pad(tensor, sides))
+
+    parts = [padded(rollout) for rollout in rollouts]
+    held = {field.name: [getattr(part, field.name) for part in parts] for field in fields(Rollout)}
+    joined: dict[str, Any] = {name: torch.cat(v) for name, v in held.items() if isinstance(v[0], Tensor)}
+    reasons = sum((part.finish_reasons for part in parts), ())
+    return Rollout(**joined, finish_reasons=reasons)
+
+
+def _begin(rollout: Rollout) -> int:
+    """The column in which responses begin."""
+    return int(rollout.response_mask.any(0).nonzero()[0])
 
 
 def used_columns(mask: Tensor) -> slice:

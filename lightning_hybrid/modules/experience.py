@@ -1,14 +1,20 @@
-"""What PPO learns from: a rollout with scores, log-probs, values, rewards and advantages."""
+"""What a policy learns from: a rollout with scores, log-probs, values, rewards and advantages."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from lightning_hybrid.algorithms import Judged
 from lightning_hybrid.generation import used_columns
+from lightning_hybrid.modules.passes import critic_values, policy_logprobs
+from lightning_hybrid.rollout import Rollout
+
+if TYPE_CHECKING:
+    from lightning_hybrid.modules.ppo import PPOModule
 
 
 @dataclass(frozen=True)
@@ -21,11 +27,11 @@ class Experience:
         mask: ``[batch, time]`` bool, True on response tokens: what is trained on.
         scores: ``[batch]`` float32, one per response, as they entered the token rewards.
         old_logprobs: ``[batch, time]`` float32, under the policy that sampled.
-        ref_logprobs: ``[batch, time]`` float32, under the frozen reference.
-        values: ``[batch, time]`` float32, the critic's value of the state before each token.
-        rewards: ``[batch, time]`` float32, KL penalty on every token, score on the last.
+        rewards: ``[batch, time]`` float32, KL penalty on every token where it is charged there, score on the last.
         advantages: ``[batch, time]`` float32.
-        returns: ``[batch, time]`` float32, what the critic should have said.
+        ref_logprobs: ``[batch, time]`` float32, under the frozen reference; None without one.
+        values: ``[batch, time]`` float32, the critic's value of the state before each token; None without a critic.
+        returns: ``[batch, time]`` float32, what the critic should have said; None without a critic.
         weights: ``[batch, time]`` float32, factors of the policy's token losses; None where there are none.
     """
 
@@ -34,11 +40,11 @@ class Experience:
     mask: Tensor
     scores: Tensor
     old_logprobs: Tensor
-    ref_logprobs: Tensor
-    values: Tensor
     rewards: Tensor
     advantages: Tensor
-    returns: Tensor
+    ref_logprobs: Tensor | None = None
+    values: Tensor | None = None
+    returns: Tensor | None = None
     weights: Tensor | None = None
 
     def __len__(self) -> int:
@@ -52,22 +58,42 @@ class Experience:
         return Experience(**{k: v if v.dim() == 1 else v[:, columns] for k, v in picked.items()})
 
 
-def micro_batches(mask: Tensor, micro_batch_size: int) -> Iterator[Tensor]:
-    """Cut the rows of ``mask`` ``[batch, time]`` into index tensors of at most ``micro_batch_size``.
+@torch.no_grad()
+def gain_experience(module: PPOModule, rollout: Rollout, scores: Tensor, group: Tensor) -> Experience:
+    """Add log-probs, values, rewards and advantages to a rollout.
 
-    Rows of like width, by where their real tokens begin and end, come together: less padding is computed.
+    Args:
+        module: whose models to ask, and whose algorithm.
+        rollout: of this rank.
+        scores: ``[batch]`` float32.
+        group: ``[batch]`` long, equal for responses to the same prompt.
     """
-    time = torch.arange(mask.shape[1], device=mask.device)
-    first = torch.where(mask, time, mask.shape[1]).amin(1)
-    last = torch.where(mask, time, -1).amax(1)
-    order = torch.argsort(last * (mask.shape[1] + 1) - first, stable=True)
-    yield from order.cpu().split(micro_batch_size)  # it indexes rows chosen on the host
-
-
-def minibatches(size: int, minibatch_size: int, generator: torch.Generator) -> list[Tensor]:
-    """Cut ``size`` rows at random into minibatches; one that holds them all keeps their order."""
-    order = torch.arange(size) if minibatch_size >= size else torch.randperm(size, generator=generator)
-    return list(order.split(minibatch_size))
+    config, mask = module.config, rollout.response_mask
+    size, temperature, source = config.micro_batch_size, module.rollout_config.temperature, module.old_logprob_source
+    if source.recompute:
+        old = policy_logprobs(module.actor, rollout, size, temperature)
+    else:
+        old = source.of_rollout(rollout)
+    ref = values = None
+    if module.reference is not None:
+        ref = policy_logprobs(module.reference, rollout, size, temperature)
+    if module.critic is not None:
+        values = state_values(critic_values(module.critic, rollout, size), mask)
+    price = module.kl_controller.value if config.kl_placement == "reward" else 0.0
+    credit = config.credit(Judged(scores, group, mask, old, ref, values, price, module.sum_over_ranks))
+    return Experience(
+        tokens=rollout.tokens,
+        attention_mask=rollout.attention_mask,
+        mask=mask,
+        scores=scores,
+        old_logprobs=old,
+        rewards=credit.rewards,
+        advantages=credit.advantages,
+        ref_logprobs=ref,
+        values=values,
+        returns=credit.returns,
+        weights=source.importance_weights(old, rollout),
+    )
 
 
 def state_values(values: Tensor, mask: Tensor) -> Tensor:

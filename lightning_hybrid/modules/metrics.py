@@ -9,46 +9,64 @@ from torch import Tensor
 
 from lightning_hybrid.modules.experience import Experience
 from lightning_hybrid.modules.old_logprobs import LogprobGap
+from lightning_hybrid.modules.sampling import Samples
 from lightning_hybrid.rl import estimate_kl
 from lightning_hybrid.rollout import Rollout
 
 if TYPE_CHECKING:
     from lightning_hybrid.modules.ppo import PPOModule
 
+# Names inside an update → names in the log.
+UPDATE_FIGURES = {
+    "policy_loss": "policy/loss",
+    "kl_loss": "policy/kl_loss",
+    "ptx_loss": "policy/ptx_loss",
+    **{name: f"policy/{name}" for name in ("entropy", "clip_fraction", "ratio_mean", "ratio_max", "approx_kl")},
+    "stopped_early": "policy/stopped_early",
+    "value_loss": "value/loss",
+    "value_clip_fraction": "value/clip_fraction",
+}
 
-def rollout_metrics(module: PPOModule, rollout: Rollout, experience: Experience) -> dict[str, float]:
-    """Figures of the responses: reward, KL to the reference (nats), lengths."""
-    mask = experience.mask
-    kl = estimate_kl(experience.old_logprobs, experience.ref_logprobs, module.config.kl_estimator)
-    returns, values = experience.returns[mask].double(), experience.values[mask].double()
-    raw = module.raw_scores.double()
-    sums = module._sum_over_ranks(
-        torch.stack(
-            [
-                torch.tensor(float(len(experience)), dtype=torch.float64, device=mask.device),
-                mask.sum().double(),
-                raw.sum(),
-                raw.square().sum(),
-                experience.scores.double().sum(),
-                kl.masked_fill(~mask, 0.0).double().sum(),
-                rollout.finished.double().sum(),
-                *_spread(returns - values),
-                *_spread(returns),
-            ]
-        )
-    )
-    rows, tokens, score, square, scaled, kl_sum, ended, e1, e2, r1, r2 = sums.tolist()
-    return {
-        "reward/score": score / rows,
-        "reward/score_std": max(square / rows - (score / rows) ** 2, 0.0) ** 0.5,
-        "reward/entered": scaled / rows,
-        "policy/kl": kl_sum / rows,
-        "policy/kl_per_token": kl_sum / tokens,
-        "policy/kl_coef": module.kl_controller.value,
-        "rollout/response_length": tokens / rows,
-        "rollout/eos_rate": ended / rows,
-        "value/explained_variance": _explained(e1, e2, r1, r2, tokens),
+
+def rollout_metrics(module: PPOModule, samples: Samples, experience: Experience) -> dict[str, float]:
+    """Figures of the responses: reward, KL to the reference (nats), lengths, groups that tell nothing."""
+    raw, mask = samples.raw_scores.double(), experience.mask
+    tokens = mask.sum().double()
+    sums = {
+        "rows": torch.tensor(float(len(experience)), dtype=torch.float64, device=mask.device),
+        "tokens": tokens,
+        "score": raw.sum(),
+        "score_square": raw.square().sum(),
+        "entered": experience.scores.double().sum(),
+        "ended": samples.rollout.finished.double().sum(),
+        "drawn": tokens.new_tensor(samples.drawn),
+        "alike": tokens.new_tensor(samples.informative().count(False)),
+        "kl": _kl(module, experience),
+        **{f"reward/{name}": values.double().sum().to(mask.device) for name, values in samples.figures.items()},
+        **_value_sums(experience),
     }
+    total = dict(zip(sums, module.sum_over_ranks(torch.stack(list(sums.values()))).tolist(), strict=True))
+    rows, mean = total["rows"], total["score"] / total["rows"]
+    metrics = {
+        "reward/score": mean,
+        "reward/score_std": max(total["score_square"] / rows - mean**2, 0.0) ** 0.5,
+        "reward/entered": total["entered"] / rows,
+        **{f"reward/{name}": total[f"reward/{name}"] / rows for name in samples.figures},
+        "rollout/response_length": total["tokens"] / rows,
+        "rollout/eos_rate": total["ended"] / rows,
+    }
+    if module.reference is not None:
+        metrics |= {
+            "policy/kl": total["kl"] / rows,
+            "policy/kl_per_token": total["kl"] / total["tokens"],
+            "policy/kl_coef": module.kl_controller.value,
+        }
+    if module.config.group_size > 1:
+        metrics["rollout/uninformative_groups"] = total["alike"] * module.config.group_size / rows
+        metrics["rollout/samples_drawn"] = total["drawn"]
+    if module.critic is not None:
+        metrics["value/explained_variance"] = _explained(total)
+    return metrics
 
 
 def mismatch_metrics(module: PPOModule, gap: LogprobGap, experience: Experience) -> dict[str, float]:
@@ -59,17 +77,15 @@ def mismatch_metrics(module: PPOModule, gap: LogprobGap, experience: Experience)
         return metrics
     capped = (weights >= weights.new_tensor(cap)) & mask
     sums = torch.stack([weights.double().sum(), capped.sum().double(), mask.sum().double()])
-    total, at_cap, tokens = module._sum_over_ranks(sums).tolist()
+    total, at_cap, tokens = module.sum_over_ranks(sums).tolist()
     return metrics | {"rollout/importance_weight_mean": total / tokens, "rollout/importance_capped": at_cap / tokens}
 
 
 def update_metrics(module: PPOModule, update: dict[str, float], rollout: Rollout) -> dict[str, float]:
     """Figures of the optimization steps, the seconds of each phase and tokens per second, over all ranks."""
     seconds = dict(module.phases.seconds)
-    tokens = float(module._sum_over_ranks(rollout.response_mask.sum().float()))
-    policy = ("policy_loss", "entropy", "clip_fraction", "ratio_mean", "ratio_max", "approx_kl", "stopped_early")
-    metrics = {f"policy/{name.removeprefix('policy_')}": update[name] for name in policy}
-    metrics |= {"value/loss": update["value_loss"], "value/clip_fraction": update["value_clip_fraction"]}
+    tokens = float(module.sum_over_ranks(rollout.response_mask.sum().float()))
+    metrics = {logged: update[name] for name, logged in UPDATE_FIGURES.items() if name in update}
     metrics |= {f"seconds/{name}": value for name, value in seconds.items()}
     metrics |= {
         "throughput/rollout_tokens_per_second": tokens / seconds["rollout"],
@@ -82,13 +98,31 @@ def update_metrics(module: PPOModule, update: dict[str, float], rollout: Rollout
     return metrics | {f"engine/{name}": value for name, value in engine.items()}
 
 
-def _spread(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Sum and sum of squares."""
-    return x.sum(), x.square().sum()
+def _kl(module: PPOModule, experience: Experience) -> Tensor:
+    """Sum over this rank's tokens of the KL to the reference, 0-dim; 0 without one."""
+    if experience.ref_logprobs is None:
+        return experience.mask.new_zeros((), dtype=torch.float64)
+    kl = estimate_kl(experience.old_logprobs, experience.ref_logprobs, module.config.kl_estimator)
+    return kl.masked_fill(~experience.mask, 0.0).double().sum()
 
 
-def _explained(error: float, error_square: float, total: float, total_square: float, count: float) -> float:
+def _value_sums(experience: Experience) -> dict[str, Tensor]:
+    """Sums and sums of squares of the critic's errors and of the returns."""
+    if experience.values is None or experience.returns is None:
+        return {}
+    returns, values = experience.returns[experience.mask].double(), experience.values[experience.mask].double()
+    error = returns - values
+    return {
+        "error": error.sum(),
+        "error_square": error.square().sum(),
+        "return": returns.sum(),
+        "return_square": returns.square().sum(),
+    }
+
+
+def _explained(total: dict[str, float]) -> float:
     """1 - Var(error) / Var(returns); 0 where the returns do not vary."""
-    variance = total_square / count - (total / count) ** 2
-    left = error_square / count - (error / count) ** 2
+    count = total["tokens"]
+    variance = total["return_square"] / count - (total["return"] / count) ** 2
+    left = total["error_square"] / count - (total["error"] / count) ** 2
     return 1.0 - left / variance if variance > 1e-12 else 0.0

@@ -1,4 +1,4 @@
-"""What each phase of a PPO iteration runs, and what lets it do with less memory."""
+"""What each phase of an iteration runs, and what lets it do with less memory."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ if TYPE_CHECKING:
 def models_run(module: PPOModule, phase: str) -> list[str] | None:
     """Names of the models that a phase runs; None where it runs none, and nothing need make room for it."""
     if phase == "reward":
-        return None if module.reward_model is None else ["reward_model"]
+        return list(module.reward_models) or None
     if phase == "experience":
-        recomputed = ["actor"] if module.old_logprob_source.recompute else []
-        return ["reference", "critic", *recomputed]
-    return {"rollout": ["actor"], "update": ["actor", "critic"]}[phase]
+        inside_actor = module.reference is not None and "reference" not in module.frozen
+        asked = ["actor"] if module.old_logprob_source.recompute or inside_actor else []
+        return [*asked, *(["critic"] if module.critic is not None else []), *set(module.frozen) & {"reference"}]
+    return {"rollout": ["actor"], "update": module.trained}[phase]
 
 
 def remedies(module: PPOModule, phase: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""Where PPO's old log-probs come from: the rollout, or one more forward pass of the model that sampled."""
+"""Where old log-probs come from: the rollout, or one more forward pass of the model that sampled."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lightning_hybrid.config import PPOConfig, RolloutConfig
-from lightning_hybrid.config.roots import rollout_lacks_old_logprobs
+from lightning_hybrid.algorithms import OnlineConfig
+from lightning_hybrid.config import RolloutConfig
+from lightning_hybrid.config.ppo import rollout_lacks_old_logprobs
 from lightning_hybrid.data.checking import notice
 from lightning_hybrid.errors import ConfigError
 from lightning_hybrid.modules.experience import Experience
@@ -68,7 +69,7 @@ def measured_gap(
 def _over_ranks(module: PPOModule, sums: dict[str, Tensor]) -> LogprobGap:
     """The gap from the sums of every rank; equal on all of them."""
     largest = module.trainer.strategy.reduce(sums["gap_max"].clone(), reduce_op="max")
-    added = module._sum_over_ranks(torch.stack([sums["gap"], sums["outside"], sums["tokens"]]))
+    added = module.sum_over_ranks(torch.stack([sums["gap"], sums["outside"], sums["tokens"]]))
     total, outside, tokens = added.tolist()
     return LogprobGap(total / tokens, float(largest), outside / tokens)
 
@@ -88,7 +89,7 @@ class OldLogprobSource:
         ConfigError: if the rollout is to give old log-probs that it does not know.
     """
 
-    def __init__(self, config: PPOConfig, rollout: RolloutConfig) -> None:
+    def __init__(self, config: OnlineConfig, rollout: RolloutConfig) -> None:
         self.config = config
         self.at_one = rollout.temperature == 1.0
         obstacle = rollout_lacks_old_logprobs(rollout)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lightning_hybrid.generation import used_columns
 from lightning_hybrid.models import Policy, ScalarModel
-from lightning_hybrid.modules.experience import micro_batches
+from lightning_hybrid.modules.batching import micro_batches
 from lightning_hybrid.rollout import Rollout
 
 

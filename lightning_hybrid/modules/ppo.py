@@ -1,8 +1,7 @@
-"""Proximal policy optimization inside ``Trainer.fit``."""
+"""Learning from one's own rollouts inside ``Trainer.fit``: PPO, and its relatives without a critic."""
 
 from __future__ import annotations
 
-import copy
 import math
 import warnings
 from contextlib import AbstractContextManager
@@ -11,23 +10,27 @@ from typing import TYPE_CHECKING, Any
 
 import lightning as L
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from lightning_hybrid.config import PPOConfig, RolloutConfig
-from lightning_hybrid.errors import ConfigError, RolloutError
-from lightning_hybrid.models import Policy, ScalarModel, disable_dropout, end_of_text_ids, max_positions
-from lightning_hybrid.modules import roles
-from lightning_hybrid.modules.experience import Experience, state_values
+from lightning_hybrid.algorithms import OnlineConfig, PPOConfig
+from lightning_hybrid.config import RolesConfig, RolloutConfig
+from lightning_hybrid.data import InstructionDataModule
+from lightning_hybrid.engines.agreement import on_every_rank
+from lightning_hybrid.errors import RolloutError
+from lightning_hybrid.models import Policy, ScalarModel, end_of_text_ids, max_positions
+from lightning_hybrid.modules import roles as making
+from lightning_hybrid.modules.engines import engine_specs, optimizers_of, refuse_other_strategies
+from lightning_hybrid.modules.experience import Experience, gain_experience
 from lightning_hybrid.modules.metrics import mismatch_metrics, rollout_metrics, update_metrics
 from lightning_hybrid.modules.needs import models_run, remedies
 from lightning_hybrid.modules.old_logprobs import LogprobGap, OldLogprobSource, measured_gap
-from lightning_hybrid.modules.optimization import make_adamw, make_schedule
-from lightning_hybrid.modules.passes import critic_values, policy_logprobs
 from lightning_hybrid.modules.phases import Phases
-from lightning_hybrid.modules.scoring import moments_with, on_every_rank, reward_scores
+from lightning_hybrid.modules.ptx import PTX
+from lightning_hybrid.modules.sampling import Samples, collect_samples, say_when_nothing_is_told
+from lightning_hybrid.modules.scoring import moments_with, reward_scores
 from lightning_hybrid.modules.update import PPOUpdate
 from lightning_hybrid.rewards import RewardCallable
-from lightning_hybrid.rl import RunningMoments, gae, token_rewards, whiten
+from lightning_hybrid.rl import RunningMoments
 from lightning_hybrid.rollout import Rollout, make_backend
 from lightning_hybrid.strategy import EngineSpec, HybridDeepSpeedStrategy
 from lightning_hybrid.strategy.residency import Residency
@@ -37,66 +40,87 @@ if TYPE_CHECKING:
 
 
 class PPOModule(L.LightningModule):
-    """Actor, critic, frozen reference and reward in one LightningModule; one ``training_step`` is one PPO iteration.
+    """Actor, frozen reference, reward, and a critic where the algorithm has one; a ``training_step`` is an iteration.
 
-    An iteration samples a response to each prompt of the batch, scores it, and takes ``epochs × minibatches`` optimizer
-    steps. ``max_steps``, ``every_n_train_steps``, learning-rate schedules and the logger's step all count iterations;
-    the optimizer steps inside are logged as ``optimizer_steps``.
+    An iteration samples responses to each prompt of the batch, scores them, gives every token credit, and takes
+    ``epochs × minibatches`` optimizer steps. ``max_steps``, ``every_n_train_steps``, learning-rate schedules and the
+    logger's step all count iterations; the optimizer steps inside are logged as ``optimizer_steps``.
 
     Args:
         actor: a :class:`~lightning_hybrid.models.Policy`, or the path or hub name of a causal LM.
         reward: a function ``(prompts, responses) -> one number per response``, a
             :class:`~lightning_hybrid.models.ScalarModel`, or the path of a reward model's folder.
-        config: of the algorithm.
+        config: of the algorithm, which its class decides: ``PPOConfig``, ``GRPOConfig``, ``RLOOConfig`` and the others
+            of :data:`lightning_hybrid.algorithms.ALGORITHMS`.
         rollout: of the sampling.
         tokenizer: the policy's; read from ``actor`` where that is a path.
         critic: path of the folder that the critic starts from; by default the reward model's weights where there is
             one, else the actor's trunk with a zero head.
-        reference: path of the frozen reference; by default a copy of the actor as given.
+        reference: path of the frozen reference; by default a copy of the actor as given, or where it has adapters, the
+            actor with them switched off.
         reward_tokenizer: the reward model's; read from its path, else the policy's.
         seed: of sampling and of the order of minibatches.
+        ptx: texts of the PTX loss, needed with ``config.ptx_coef`` above 0.
+        roles: what differs between the models.
 
     Raises:
-        ConfigError: if a tokenizer is needed and none was given, or the rollout is to give old log-probs that it does
-            not know.
+        ConfigError: if a tokenizer is needed and none was given, the rollout is to give old log-probs that it does not
+            know, or something was given that the algorithm has no use for.
     """
 
     def __init__(
         self,
         actor: Policy | str | Path,
         reward: RewardCallable | ScalarModel | str | Path,
-        config: PPOConfig | None = None,
+        config: OnlineConfig | None = None,
         rollout: RolloutConfig | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
         critic: ScalarModel | str | Path | None = None,
         reference: Policy | str | Path | None = None,
         reward_tokenizer: PreTrainedTokenizerBase | None = None,
         seed: int = 0,
+        ptx: InstructionDataModule | None = None,
+        roles: RolesConfig | None = None,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
         self.config = config or PPOConfig()
+        making.check_given(self.config, critic, reference, ptx)
         self.rollout_config = rollout or RolloutConfig()
+        self.roles = roles or RolesConfig()
         self.seed = seed
-        self.tokenizer = tokenizer or roles.tokenizer_beside(actor)
-        self.actor = roles.make_policy(actor, self.tokenizer, self.config.logprob_chunk)
-        self.reference = (
-            copy.deepcopy(self.actor)
-            if reference is None
-            else roles.make_policy(reference, self.tokenizer, self.config.logprob_chunk)
+        self.tokenizer = tokenizer or making.tokenizer_beside(actor)
+        self.actor = making.make_policy(actor, self.tokenizer, self.config.logprob_chunk)
+        self.reference = making.make_reference(self.config, reference, self.actor, self.tokenizer)
+        reward_models, self.reward = making.make_reward(reward, reward_tokenizer or self.tokenizer)
+        for name, model in reward_models.items():
+            self.add_module(name, model)
+        self.reward_models = tuple(reward_models)
+        self.critic = (
+            making.make_critic(critic, self.reward, self.actor, self.tokenizer) if self.config.critic else None
         )
-        self.reward_model, self.reward = roles.make_reward(reward, reward_tokenizer or self.tokenizer)
-        self.critic = roles.make_critic(critic, self.reward, self.actor, self.tokenizer)
-        for model in (self.actor, self.critic):
-            disable_dropout(model)
-        self.kl_controller = roles.make_kl_controller(self.config)
+        making.prepare_for_training(self.actor, self.roles.actor)
+        if self.critic is not None:
+            making.prepare_for_training(self.critic, self.roles.critic)
+        self.ptx = None if ptx is None else PTX(ptx, seed)
+        self.kl_controller = making.make_kl_controller(self.config)
         self.score_moments = self._moments_now = RunningMoments()
         self.old_logprob_source = OldLogprobSource(self.config, self.rollout_config)
         self.phases, self.validation_phases = Phases(), Phases()
-        self.optimizer_steps = 0
+        self.optimizer_steps = self._without_signal = 0
         pad = self.tokenizer.pad_token_id
         eos_ids = end_of_text_ids(self.actor, self.tokenizer)
         self.backend = make_backend(self.rollout_config, eos_ids, 0 if pad is None else pad, self.tokenizer)
+
+    @property
+    def trained(self) -> list[str]:
+        """Names of the children that are trained."""
+        return ["actor"] if self.critic is None else ["actor", "critic"]
+
+    @property
+    def frozen(self) -> list[str]:
+        """Names of the children that are not; a reference inside the actor is none."""
+        return [*(["reference"] if isinstance(self.reference, nn.Module) else []), *self.reward_models]
 
     @property
     def max_positions(self) -> int | None:
@@ -113,56 +137,38 @@ class PPOModule(L.LightningModule):
 
     # ---- what the Trainer asks for ---------------------------------------------------------------------------------
 
+    def setup(self, stage: str) -> None:
+        """Read the texts of the PTX loss."""
+        if self.ptx is not None and stage == "fit":
+            self.ptx.setup(self.tokenizer, self.max_positions)
+
     def configure_engines(self) -> dict[str, EngineSpec]:
         """A hybrid engine for the actor, a plain one for the critic, evaluation engines for what is frozen."""
-        clipping = {"gradient_clipping": self.config.max_grad_norm or 0.0}
-        specs = {
-            "actor": EngineSpec("hybrid", clipping),
-            "critic": EngineSpec("train", clipping),
-            "reference": EngineSpec("frozen"),
-        }
-        if self.reward_model is not None:
-            specs["reward_model"] = EngineSpec("frozen")
-        return specs
+        return engine_specs(self)
 
     def configure_optimizers(self) -> Any:
-        """One AdamW for the actor and one for the critic, with schedules that count iterations."""
-        config = self.config
-        if not isinstance(self.trainer.strategy, HybridDeepSpeedStrategy):
-            raise ConfigError(
-                f"PPOModule generates with its training engine and runs under strategy='hybrid_deepspeed'; "
-                f"the Trainer has {type(self.trainer.strategy).__name__}"
-            )
-        configured = []
-        for model, lr in ((self.actor, config.actor_lr), (self.critic, config.critic_lr)):
-            optimizer = make_adamw(model.parameters(), lr, config.weight_decay, config.betas)
-            schedule = make_schedule(
-                optimizer, config.schedule, config.warmup_steps, self.trainer.estimated_stepping_batches
-            )
-            configured.append({"optimizer": optimizer, "lr_scheduler": schedule})
-        return configured
+        """An AdamW for each trained model, with schedules that count iterations."""
+        refuse_other_strategies(self)
+        return optimizers_of(self)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        """One PPO iteration on a batch of prompts, see :class:`~lightning_hybrid.data.PromptDataModule`."""
+        """One iteration on a batch of prompts, see :class:`~lightning_hybrid.data.PromptDataModule`."""
         strategy: Any = self.trainer.strategy
         with strategy.one_global_step():
-            with self._phase("rollout"):
-                rollout = self.roll_out(batch["prompt_ids"])
-            with self._phase("reward"):
-                scores = self.score(batch["prompts"], rollout)
-            with self._phase("experience"):
-                experience = self.gain_experience(rollout, scores)
-            with self._phase("update"):
+            samples = collect_samples(self, batch)  # phases rollout and reward
+            with self.phase("experience"):
+                experience = gain_experience(self, samples.rollout, self.entering_scores(samples), samples.group)
+            with self.phase("update"):
                 updater = PPOUpdate(self, strategy)
                 update = updater.run(experience)
-            self._finish(rollout, experience, update, measured_gap(self, rollout, experience, updater.gap))
+            self._finish(samples, experience, update, measured_gap(self, samples.rollout, experience, updater.gap))
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Log ``val/score``, ``val/response_length`` and ``val/eos_rate`` of sampled responses to held-out prompts."""
-        with self._phase("rollout", self.validation_phases):
+        with self.phase("rollout", self.validation_phases):
             rollout = self.roll_out(batch["prompt_ids"], stream=batch_idx + 1)
-        with self._phase("reward", self.validation_phases):
-            scores = reward_scores(self, batch["prompts"], rollout)
+        with self.phase("reward", self.validation_phases):
+            scores = reward_scores(self, batch["prompts"], rollout, batch.get("fields"))
         if self._residency is not None:
             self._residency.enter(None)  # callbacks may read the trained weights
         metrics = {
@@ -175,85 +181,64 @@ class PPOModule(L.LightningModule):
     # ---- the stages of an iteration ----------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def roll_out(self, prompt_ids: list[list[int]], stream: int = 0, greedy: bool = False) -> Rollout:
-        """Switch the actor to inference, sample a response to each prompt, and leave it in evaluation mode.
+    def roll_out(
+        self, prompt_ids: list[list[int]], stream: int = 0, greedy: bool = False, n: int = 1, first: int = 0
+    ) -> Rollout:
+        """Switch the actor to inference, sample responses to each prompt, and leave it in evaluation mode.
 
         Args:
             prompt_ids: token ids of each prompt.
             stream: tells apart rollouts of the same iteration.
             greedy: take the most probable tokens.
+            n: responses to each prompt.
+            first: position of the first prompt in this rank's batch.
         """
         engine = self._engine("actor")
         engine.eval()
         seed = hash((self.seed, self.global_step, stream)) % 2**63
         # As the sampler dealt them out: what a prompt gets does not depend on how many ranks there are.
-        indices = [i * self.trainer.world_size + self.global_rank for i in range(len(prompt_ids))]
+        positions = range(first, first + len(prompt_ids))
+        indices = [position * self.trainer.world_size + self.global_rank for position in positions]
         return on_every_rank(
-            lambda: self.backend.generate(engine, prompt_ids, seed=seed, greedy=greedy, indices=indices),
+            lambda: self.backend.generate(engine, prompt_ids, seed=seed, greedy=greedy, indices=indices, n=n),
             "the rollout",
             RolloutError,
         )
 
-    def score(self, prompts: list[str], rollout: Rollout) -> Tensor:
-        """Scores as they enter the token rewards, ``[batch]``: normalised if configured, less the EOS penalty."""
-        scores = reward_scores(self, prompts, rollout)
-        self.raw_scores = scores
+    def entering_scores(self, samples: Samples) -> Tensor:
+        """Scores as they enter the rewards, ``[batch]`` float32: normalised if configured, less the penalties."""
+        self.raw_scores = scores = samples.raw_scores
         if self.config.normalize_reward:
             # Kept at the end of the iteration: a checkpoint written before it is one of its start.
             self._moments_now = moments_with(self, scores)
             scores = scores / max(self._moments_now.std, 1e-4)
-        if self.config.missing_eos_penalty is not None:
-            scores = scores - self.config.missing_eos_penalty * (~rollout.finished).float()
-        return scores
+        return scores - samples.penalties
 
-    @torch.no_grad()
-    def gain_experience(self, rollout: Rollout, scores: Tensor) -> Experience:
-        """Add log-probs, values, rewards and advantages to a rollout."""
-        config, mask = self.config, rollout.response_mask
-        size, temperature, source = config.micro_batch_size, self.rollout_config.temperature, self.old_logprob_source
-        if source.recompute:
-            old = policy_logprobs(self.actor, rollout, size, temperature)
-        else:
-            old = source.of_rollout(rollout)
-        ref = policy_logprobs(self.reference, rollout, size, temperature)
-        values = state_values(critic_values(self.critic, rollout, size), mask)
-        rewards = token_rewards(scores, old, ref, mask, self.kl_controller.value, config.reward_clip)
-        advantages, returns = gae(rewards, values, mask, config.gamma, config.lam)
-        if config.whiten_advantages:
-            advantages = whiten(advantages, mask, reduce=self._sum_over_ranks)
-        return Experience(
-            tokens=rollout.tokens,
-            attention_mask=rollout.attention_mask,
-            mask=mask,
-            scores=scores,
-            old_logprobs=old,
-            ref_logprobs=ref,
-            values=values,
-            rewards=rewards,
-            advantages=advantages,
-            returns=returns,
-            weights=source.importance_weights(old, rollout),
-        )
-
-    def _finish(self, rollout: Rollout, experience: Experience, update: dict[str, float], gap: LogprobGap) -> None:
+    def _finish(self, samples: Samples, experience: Experience, update: dict[str, float], gap: LogprobGap) -> None:
         """Adjust what lasts: KL coefficient, moments of the scores, source of old log-probs, schedules; log."""
-        metrics = rollout_metrics(self, rollout, experience) | mismatch_metrics(self, gap, experience)
+        metrics = rollout_metrics(self, samples, experience) | mismatch_metrics(self, gap, experience)
+        groups = len(experience) * self.trainer.world_size // self.config.group_size
+        alike = metrics.get("rollout/uninformative_groups", 0.0)
+        self._without_signal = say_when_nothing_is_told(self.global_step + 1, groups, alike, self._without_signal)
         metrics |= self.phases.memory_figures(self.trainer.strategy)  # type: ignore[arg-type]
         self.score_moments = self._moments_now
         self.old_logprob_source.judge(gap)
-        if math.isfinite(metrics["policy/kl"]):  # the steps of an iteration that is not were skipped, too
-            self.kl_controller.update(metrics["policy/kl"], len(experience) * self.trainer.world_size)
-        metrics |= update_metrics(self, update, rollout)
+        kl = metrics.get("policy/kl", math.nan)
+        if math.isfinite(kl):  # the steps of an iteration that is not were skipped, too
+            self.kl_controller.update(kl, len(experience) * self.trainer.world_size)
+        metrics |= update_metrics(self, update, samples.rollout)
         self._step_schedules()
-        self.last_rollout = rollout
+        self.last_rollout = samples.rollout
         self.log_dict(metrics, batch_size=len(experience))
-        self.log_dict({"score": metrics["reward/score"], "kl": metrics["policy/kl"]}, prog_bar=True, logger=False)
+        shown = {"score": metrics["reward/score"]} | ({"kl": kl} if self.reference is not None else {})
+        self.log_dict(shown, prog_bar=True, logger=False)
 
     def _step_schedules(self) -> None:
         with warnings.catch_warnings():
             # A warming critic or an early stop may leave an optimizer without a step in its first iterations.
             warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step", UserWarning)
-            for schedule in self.lr_schedulers():  # type: ignore[union-attr]
+            schedules: Any = self.lr_schedulers()
+            for schedule in schedules if isinstance(schedules, list) else [schedules]:
                 schedule.step()
 
     def _engine(self, name: str) -> Any:
@@ -265,11 +250,12 @@ class PPOModule(L.LightningModule):
     def _residency(self) -> Residency | None:
         return getattr(self.trainer.strategy, "residency", None)
 
-    def _phase(self, name: str, phases: Phases | None = None) -> AbstractContextManager[None]:
+    def phase(self, name: str, phases: Phases | None = None) -> AbstractContextManager[None]:
         """A phase on the models that it runs, announced by :attr:`phases` or by others."""
         return (phases or self.phases)(name, self._residency, models_run(self, name), remedies(self, name))
 
-    def _sum_over_ranks(self, x: Tensor) -> Tensor:
+    def sum_over_ranks(self, x: Tensor) -> Tensor:
+        """A small tensor added up over all ranks."""
         reduced: Tensor = self.trainer.strategy.reduce(x.clone(), reduce_op="sum")
         return reduced
 
@@ -277,6 +263,8 @@ class PPOModule(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the KL controller, the running moments of the scores and the choice of old log-probs."""
+        if self.ptx is not None:
+            checkpoint["ptx"] = self.ptx.data.state_dict()
         checkpoint["ppo"] = {
             "kl": self.kl_controller.state_dict(),
             "scores": self.score_moments.state_dict(),
@@ -286,6 +274,8 @@ class PPOModule(L.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Go on with the KL controller, the running moments of the scores and the choice of old log-probs."""
+        if self.ptx is not None and "ptx" in checkpoint:
+            self.ptx.data.load_state_dict(checkpoint["ptx"])
         self.kl_controller.load_state_dict(checkpoint["ppo"]["kl"])
         self.score_moments.load_state_dict(checkpoint["ppo"]["scores"])
         self._moments_now = self.score_moments

@@ -6,13 +6,21 @@ import copy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
-from lightning_hybrid.config import PPOConfig
+from lightning_hybrid.algorithms import OnlineConfig
+from lightning_hybrid.config import TrainedRoleConfig
 from lightning_hybrid.data import check_tokenizer
 from lightning_hybrid.errors import ConfigError
-from lightning_hybrid.models import Policy, ScalarModel, load_policy, load_scalar, load_tokenizer
-from lightning_hybrid.rewards import LearnedReward, RemoteReward, RewardCallable, RewardFunction
+from lightning_hybrid.models import (
+    Policy,
+    ScalarModel,
+    load_policy,
+    load_scalar,
+    load_tokenizer,
+    scalar_from_policy,
+    set_dropout,
+)
+from lightning_hybrid.models.adapters import AdaptersOff, has_adapter
+from lightning_hybrid.rewards import LearnedReward, Reward, RewardCallable, RewardFunction, load_learned
 from lightning_hybrid.rl import AdaptiveKLController, FixedKLController, KLController
 
 if TYPE_CHECKING:
@@ -31,25 +39,30 @@ def make_policy(source: Policy | str | Path, tokenizer: PreTrainedTokenizerBase,
 
 
 def make_reward(
-    reward: RewardCallable | ScalarModel | str | Path, tokenizer: PreTrainedTokenizerBase
-) -> tuple[ScalarModel | None, RewardFunction | RemoteReward | LearnedReward]:
-    """The reward model, if the reward is one, and what scores texts.
+    reward: Reward | RewardCallable | ScalarModel | str | Path, tokenizer: PreTrainedTokenizerBase
+) -> tuple[dict[str, ScalarModel], Reward]:
+    """The reward models by the names of the children that they become, and what scores texts.
+
+    A reward model alone is ``reward_model``; those of several terms are ``reward_model_<term>``.
 
     Args:
-        reward: a function, an endpoint, a reward model, or its path; a path brings its own tokenizer.
+        reward: any :class:`~lightning_hybrid.rewards.Reward`, a function, a reward model, or its path; a path brings
+            its own tokenizer.
         tokenizer: of a reward model given as a module.
     """
     if isinstance(reward, str | Path):
-        model = load_scalar(reward)
-        return model, LearnedReward(model, load_tokenizer(reward))
-    if isinstance(reward, ScalarModel):
-        return reward, LearnedReward(reward, tokenizer)
-    return None, reward if isinstance(reward, RewardFunction | RemoteReward) else RewardFunction(reward)
+        reward = load_learned(str(reward))
+    elif isinstance(reward, ScalarModel):
+        reward = LearnedReward(reward, tokenizer)
+    elif not isinstance(reward, Reward):
+        reward = RewardFunction(reward)
+    models = {f"reward_model_{term}" if term else "reward_model": model for term, model in reward.models.items()}
+    return models, reward
 
 
 def make_critic(
     source: ScalarModel | str | Path | None,
-    reward: RewardFunction | RemoteReward | LearnedReward,
+    reward: Reward,
     actor: Policy,
     tokenizer: PreTrainedTokenizerBase,
 ) -> ScalarModel:
@@ -61,18 +74,6 @@ def make_critic(
     if isinstance(reward, LearnedReward) and reward.tokenizer.get_vocab() == tokenizer.get_vocab():
         return copy.deepcopy(reward.model)
     return scalar_from_policy(actor)
-
-
-def scalar_from_policy(policy: Policy) -> ScalarModel:
-    """A critic with a copy of the policy's trunk and a head of zeros."""
-    from transformers import AutoModelForSequenceClassification
-
-    config = copy.deepcopy(policy.config)
-    config.num_labels = 1
-    model = AutoModelForSequenceClassification.from_config(config)
-    model.base_model.load_state_dict(policy.model.base_model.state_dict())
-    torch.nn.init.zeros_(model.score.weight)
-    return ScalarModel(model)
 
 
 def tokenizer_beside(model: Any) -> PreTrainedTokenizerBase:
@@ -88,7 +89,43 @@ def tokenizer_beside(model: Any) -> PreTrainedTokenizerBase:
     return load_tokenizer(model)
 
 
-def make_kl_controller(config: PPOConfig) -> KLController:
+def make_reference(
+    config: OnlineConfig, source: Policy | str | Path | None, actor: Policy, tokenizer: PreTrainedTokenizerBase
+) -> Policy | AdaptersOff | None:
+    """What was given; else the actor as it starts: its base, or a copy; None where the algorithm keeps no reference."""
+    if not config.reference:
+        return None
+    if source is not None:
+        return make_policy(source, tokenizer, config.logprob_chunk)
+    return AdaptersOff(actor) if has_adapter(actor) else copy.deepcopy(actor)
+
+
+def check_given(config: OnlineConfig, critic: Any, reference: Any, ptx: Any) -> None:
+    """Refuse what an algorithm has no use for, and the lack of what it needs.
+
+    Raises:
+        ConfigError: naming the argument and the setting.
+    """
+    if critic is not None and not config.critic:
+        raise ConfigError(f"critic was given, but {config.name!r} has none: leave it out, or use PPOConfig")
+    if reference is not None and not config.reference:
+        raise ConfigError(
+            f"reference was given, but {type(config).__name__} has reference=False: set it, or leave it out"
+        )
+    if (ptx is None) != (config.ptx_coef == 0):
+        given = "ptx has no effect" if ptx is not None else "the PTX loss needs ptx, its texts,"
+        raise ConfigError(f"{given} with ptx_coef={config.ptx_coef:g}")
+
+
+def prepare_for_training(model: Policy | ScalarModel, role: TrainedRoleConfig) -> None:
+    """Set a model's dropout, and whether it computes activations twice."""
+    set_dropout(model, role.dropout)
+    if role.gradient_checkpointing:
+        # The other kind needs an input that requires gradients, which token ids do not.
+        model.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+
+def make_kl_controller(config: OnlineConfig) -> KLController:
     """A fixed coefficient, or an adaptive one where ``kl_target`` is set."""
     if config.kl_target is None:
         return FixedKLController(config.kl_coef)

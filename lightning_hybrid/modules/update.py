@@ -1,4 +1,4 @@
-"""The optimization steps of one PPO iteration."""
+"""The optimization steps of one iteration."""
 
 from __future__ import annotations
 
@@ -9,10 +9,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from lightning_hybrid.algorithms import PPOConfig
 from lightning_hybrid.engines import backward, discard_gradients
 from lightning_hybrid.errors import ConfigError
-from lightning_hybrid.modules.experience import Experience, micro_batches, minibatches, state_values
-from lightning_hybrid.rl import aggregate, logprob_gap, policy_loss, value_loss
+from lightning_hybrid.modules.batching import micro_batches, minibatches
+from lightning_hybrid.modules.experience import Experience
+from lightning_hybrid.modules.terms import policy_terms, value_terms
+from lightning_hybrid.rl import logprob_gap
 
 if TYPE_CHECKING:
     from lightning_hybrid.modules.ppo import PPOModule
@@ -20,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class PPOUpdate:
-    """Train actor and critic on one iteration's experience.
+    """Train the actor, and the critic where there is one, on one iteration's experience.
 
     The loss of a minibatch is an average over all its tokens (or sequences) on all ranks, however it is cut into
     micro-batches and over however many ranks it is spread: the gradient does not depend on either.
@@ -39,21 +42,22 @@ class PPOUpdate:
         self.config = module.config
         self.strategy = strategy
         self.world_size = strategy.world_size
-        self.actor, self.critic = strategy.engines["actor"], strategy.engines["critic"]
+        self.engines = {name: strategy.engines[name] for name in module.trained}
         self.metrics: dict[str, list[float]] = defaultdict(list)
         self.gap: dict[str, Tensor] = {}
-        self._minibatches = 0
+        self._minibatches = self._planned_before = 0
 
     def run(self, experience: Experience) -> dict[str, float]:
         """Take ``epochs × minibatches`` steps, fewer if the policy moves beyond ``early_stop_kl``.
 
         Returns:
-            Metrics, each a mean over the minibatches that both engines stepped on (``ratio_max``: the largest), or NaN
+            Metrics, each a mean over the minibatches that all engines stepped on (``ratio_max``: the largest), or NaN
             where there was none; ``nonfinite_steps``, the steps that the run has skipped; equal on all ranks.
         """
         size = self._local_minibatch(len(experience))
-        self.actor.train()
-        self.critic.train()
+        self._planned_before = self.module.global_step * self.config.epochs * (len(experience) // size)
+        for engine in self.engines.values():
+            engine.train()
         for epoch in range(self.config.epochs):
             for rows in minibatches(len(experience), size, self._generator(epoch)):
                 if not self._step(experience, rows):
@@ -76,29 +80,48 @@ class PPOUpdate:
         return torch.Generator().manual_seed(hash((module.seed, module.global_step, epoch)) % 2**63)
 
     def _step(self, experience: Experience, rows: Tensor) -> bool:
-        """Accumulate a minibatch's gradients and step both engines; False if the policy moved too far already."""
-        sums: dict[str, Tensor] = {}
-        denominator = self._denominator(experience.mask[rows])
-        for index in micro_batches(experience.attention_mask[rows], self.config.micro_batch_size):
-            part = experience.rows(rows[index])
-            _accumulate(sums, self._train_actor(part, denominator))
-            _accumulate(sums, self._train_critic(part, denominator))
-        metrics = self._over_ranks(sums, experience.mask[rows].sum())
+        """Accumulate a minibatch's gradients and step the engines; False if the policy moved too far already."""
+        metrics = self._over_ranks(self._gradients(experience, rows), experience.mask[rows].sum())
         too_far = self.config.early_stop_kl is not None and metrics["approx_kl"] > self.config.early_stop_kl
         stepped = self._apply("actor", not too_far and not self._actor_is_waiting())
-        stepped &= self._apply("critic", not too_far)
+        if self.module.critic is not None:
+            stepped &= self._apply("critic", not too_far)
         counts = stepped and all(map(math.isfinite, metrics.values()))
         for name, value in metrics.items():
             self.metrics[name] += [value] if counts else []
         self._minibatches += 1
         return not too_far
 
+    def _gradients(self, experience: Experience, rows: Tensor) -> dict[str, Tensor]:
+        """Accumulate a minibatch's gradients; sums over this rank's tokens of what is logged."""
+        sums: dict[str, Tensor] = {}
+        denominator = self._denominator(experience.mask[rows])
+        for index in micro_batches(experience.attention_mask[rows], self.config.micro_batch_size):
+            part = experience.rows(rows[index])
+            _accumulate(sums, self._train_actor(part, denominator))
+            if self.module.critic is not None:
+                loss, figures = value_terms(self.module, part, denominator)
+                backward(loss, [self.engines["critic"]])
+                _accumulate(sums, figures)
+        if self.module.ptx is not None:
+            loss = self.module.ptx.loss(self.module, self._planned_before + self._minibatches)
+            backward(self.config.ptx_coef * loss, [self.engines["actor"]])
+            sums["ptx_loss"] = loss.detach()
+        return sums
+
+    def _train_actor(self, part: Experience, denominator: Tensor) -> dict[str, Tensor]:
+        loss, logprobs, figures = policy_terms(self.module, part, denominator)
+        if self._minibatches == 0:  # the first minibatch: no step has been taken
+            _accumulate(self.gap, logprob_gap(logprobs, part.old_logprobs, part.mask))
+        backward(loss, [self.engines["actor"]])
+        return figures
+
     def _actor_is_waiting(self) -> bool:
-        return self.module.global_step < self.config.critic_warmup_steps
+        return isinstance(self.config, PPOConfig) and self.module.global_step < self.config.critic_warmup_steps
 
     def _apply(self, name: str, keep: bool) -> bool:
         """Step an engine, or drop its gradients; False only if they had to be dropped because they are not finite."""
-        engine = self.strategy.engines[name]
+        engine = self.engines[name]
         if not keep:
             discard_gradients(engine)
             return True
@@ -109,64 +132,14 @@ class PPOUpdate:
     def _denominator(self, mask: Tensor) -> Tensor:
         """Tokens (or sequences) of the minibatch over all ranks, per rank: engines average gradients over ranks."""
         count = mask.sum() if self.config.aggregation == "token_mean" else mask.any(1).sum()
-        return self.module._sum_over_ranks(count.float()) / self.world_size
-
-    def _train_actor(self, part: Experience, denominator: Tensor) -> dict[str, Tensor]:
-        config, module = self.config, self.module
-        output = module.actor(
-            part.tokens, part.attention_mask, part.mask, temperature=module.rollout_config.temperature
-        )
-        norm = float(module.rollout_config.max_new_tokens)
-        loss, metrics = policy_loss(
-            output.logprobs,
-            part.old_logprobs,
-            part.advantages,
-            part.mask,
-            config.clip_low,
-            config.clip_high,
-            config.dual_clip,
-            config.aggregation,
-            norm=norm,
-            denominator=denominator,
-            weights=part.weights,
-        )
-        if self._minibatches == 0:  # the first minibatch: no step has been taken
-            _accumulate(self.gap, logprob_gap(output.logprobs, part.old_logprobs, part.mask))
-        total = loss
-        if config.entropy_coef:
-            entropy = aggregate(output.entropy, part.mask, config.aggregation, norm=norm, denominator=denominator)
-            total = loss - config.entropy_coef * entropy
-        backward(total, [self.actor])
-        tokens = part.mask.sum()
-        return {
-            "policy_loss": loss.detach(),
-            "entropy": (output.entropy.detach() * part.mask).sum(),
-            "ratio_max": metrics["ratio_max"],
-            **{name: metrics[name] * tokens for name in ("clip_fraction", "ratio_mean", "approx_kl")},
-        }
-
-    def _train_critic(self, part: Experience, denominator: Tensor) -> dict[str, Tensor]:
-        config = self.config
-        said = self.module.critic(part.tokens, part.attention_mask)
-        loss, metrics = value_loss(
-            state_values(said, part.mask),
-            part.values,
-            part.returns,
-            part.mask,
-            config.value_clip,
-            config.aggregation,
-            norm=float(self.module.rollout_config.max_new_tokens),
-            denominator=denominator,
-        )
-        backward(loss, [self.critic])
-        return {"value_loss": loss.detach(), "value_clip_fraction": metrics["value_clip_fraction"] * part.mask.sum()}
+        return self.module.sum_over_ranks(count.float()) / self.world_size
 
     def _over_ranks(self, sums: dict[str, Tensor], tokens: Tensor) -> dict[str, float]:
         """Global means from this rank's sums; one reduction for all of them."""
         largest = self.strategy.reduce(sums.pop("ratio_max").clone(), reduce_op="max")
         names = list(sums)
         stacked = torch.stack([*(sums[name].float() for name in names), tokens.float()])
-        *totals, count = self.module._sum_over_ranks(stacked).tolist()
+        *totals, count = self.module.sum_over_ranks(stacked).tolist()
         # Losses are already averages of the minibatch, scaled for engines that average over ranks.
         per = {name: self.world_size if name.endswith("loss") else max(count, 1.0) for name in names}
         return {"ratio_max": float(largest)} | {

@@ -1,4 +1,4 @@
-"""From sequence scores to token rewards, and from token rewards to advantages."""
+"""From sequence scores to token rewards, and from rewards to advantages, of tokens or within groups of responses."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ from torch import Tensor
 
 from lightning_hybrid.rl.kl import estimate_kl
 from lightning_hybrid.rl.masking import check_batch_time, widen
+
+GROUP_KINDS = ("grpo", "dr_grpo", "rloo")
+GROUP_STD_EPS = 1e-6
 
 
 def token_rewards(
@@ -78,6 +81,86 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float)
         advantages[:, t] = next_advantage
     advantages = advantages.masked_fill(~mask, 0.0)
     return advantages, advantages + values
+
+
+def discounted_returns(rewards: Tensor, mask: Tensor, gamma: float) -> Tensor:
+    """Sums the rewards from each valid token on, a later one discounted by ``gamma`` for each valid token between.
+
+    Masked holes are skipped, as in :func:`gae`.
+
+    Args:
+        rewards: Float[B, T].
+        mask: Bool[B, T].
+        gamma: Discount, in [0, 1].
+
+    Returns:
+        Float[B, T]; masked positions are 0.
+
+    Raises:
+        ValueError: A shape or the mask's dtype is wrong.
+    """
+    # Without values and at lambda 1, the advantage of a token is what is still to come.
+    advantages, _ = gae(rewards, torch.zeros_like(rewards), mask, gamma, lam=1.0)
+    return advantages
+
+
+def group_advantages(scores: Tensor, group: Tensor, kind: str = "grpo") -> Tensor:
+    """Compares each response with the others to the same prompt.
+
+    - ``grpo``: ``(s - mean) / (std + 1e-6)``, std unbiased (Shao et al. 2024, "DeepSeekMath", section 4.1.2).
+    - ``dr_grpo``: ``s - mean`` (Liu et al. 2025, "Dr. GRPO").
+    - ``rloo``: ``s`` less the mean of the *other* responses (Kool et al. 2019; Ahmadian et al. 2024, equation 7).
+
+    A group of one has nothing to be compared with, and a group of equal scores no difference: both get 0, exactly.
+
+    Args:
+        scores: Float[B].
+        group: Integer[B]; responses of the same number answer the same prompt, in any order.
+        kind: One of the above.
+
+    Returns:
+        Float[B].
+
+    Raises:
+        ValueError: Unknown kind, or the shapes differ or are not ``[batch]``.
+    """
+    if kind not in GROUP_KINDS:
+        raise ValueError(f"kind is {kind!r}, allowed are {', '.join(GROUP_KINDS)}")
+    centred, index, count = centre_groups(scores, group)
+    size = count[index]
+    if kind == "rloo":
+        return centred * size / (size - 1).clamp(min=1)
+    if kind == "dr_grpo":
+        return centred
+    squares = torch.zeros_like(count).index_add_(0, index, centred.square())
+    std = (squares / (count - 1).clamp(min=1)).sqrt()
+    return centred / (std[index] + GROUP_STD_EPS)
+
+
+def centre_groups(scores: Tensor, group: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Subtracts from each score the mean of its group; exactly 0 where a group's scores are equal.
+
+    Args:
+        scores: Float[B].
+        group: Integer[B].
+
+    Returns:
+        The differences Float[B], for each score the index of its group among the G distinct ones Long[B], and the
+        sizes of the groups Float[G].
+
+    Raises:
+        ValueError: The shapes differ or are not ``[batch]``.
+    """
+    if scores.dim() != 1 or group.shape != scores.shape:
+        raise ValueError(f"scores has shape {list(scores.shape)} and group {list(group.shape)}, allowed is [batch]")
+    scores = widen(scores)
+    numbers, index = group.unique(return_inverse=True)
+    zeros = scores.new_zeros(len(numbers))
+    count = zeros.index_add(0, index, torch.ones_like(scores))
+    # Measured from the group's least: the mean of equal numbers is rounded, that of zeros is not.
+    least = zeros.scatter_reduce(0, index, scores, "amin", include_self=False)
+    above = scores - least[index]
+    return above - (zeros.index_add(0, index, above) / count)[index], index, count
 
 
 def _last_valid(mask: Tensor) -> Tensor:

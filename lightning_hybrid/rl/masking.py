@@ -47,6 +47,12 @@ def check_batch_time(mask: Tensor, **tensors: Tensor) -> None:
         raise ValueError(f"mask has shape {list(mask.shape)}, allowed is [batch, time]")
 
 
+def check_not_negative(name: str, limit: float | None) -> None:
+    """Raises a ``ValueError`` that names a limit below 0; None is no limit."""
+    if limit is not None and not limit >= 0:
+        raise ValueError(f"{name} is {limit}, allowed are numbers from 0 up")
+
+
 def masked_mean(x: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
     """Mean over the positions where ``mask`` is True; 0 where nothing counts.
 

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Protocol
 
-from lightning_hybrid.generation import Rollout, pad_left
+from lightning_hybrid.generation import Rollout, join, pad_left
 
 if TYPE_CHECKING:
     from lightning_hybrid.config import RolloutConfig
 
-__all__ = ["BACKENDS", "Rollout", "RolloutBackend", "make_backend", "pad_left"]
+__all__ = ["BACKENDS", "Rollout", "RolloutBackend", "join", "make_backend", "pad_left"]
 
 # Name in the configuration → module and class.
 BACKENDS = {
@@ -31,8 +31,9 @@ class RolloutBackend(Protocol):
         seed: int,
         greedy: bool = False,
         indices: Sequence[int] | None = None,
+        n: int = 1,
     ) -> Rollout:
-        """Sample one response per prompt with the engine's weights.
+        """Sample ``n`` responses per prompt with the engine's weights; those of a prompt stand together.
 
         ``seed`` is the same on all ranks; ``indices`` number the prompts over all of them.
         """

@@ -57,6 +57,7 @@ class DeepSpeedRollout:
         seed: int,
         greedy: bool = False,
         indices: Sequence[int] | None = None,
+        n: int = 1,
     ) -> NoReturn:
         """Say why DeepSpeed's kernels cannot generate with the engine's model.
 

@@ -49,8 +49,9 @@ class HFRollout:
         seed: int,
         greedy: bool = False,
         indices: Sequence[int] | None = None,
+        n: int = 1,
     ) -> Rollout:
-        """Sample one response per prompt.
+        """Sample ``n`` responses per prompt; those of a prompt stand together.
 
         Args:
             engine: a :class:`~lightning_hybrid.engines.hybrid.HybridEngine` in inference, or a bare causal LM.
@@ -58,6 +59,7 @@ class HFRollout:
             seed: of the random stream; the caller's own stream is left as it was.
             greedy: take the most probable token instead of sampling.
             indices: of the prompts, over all ranks; ranks that hold different ones draw differently.
+            n: responses per prompt.
 
         Raises:
             RolloutError: for an empty prompt, or one that leaves too few positions for a response.
@@ -66,7 +68,7 @@ class HFRollout:
         sampling = sampling_params(self.config, self.eos_ids, greedy)
         check_prompts(prompts, sampling, max_positions(base_of(model).config))
         device = next(model.parameters()).device
-        tokens, mask = pad_left(prompts, self.pad_id, device)
+        tokens, mask = pad_left([prompt for prompt in prompts for _ in range(n)], self.pad_id, device)
         recorder = SamplingRecorder(sampling, mask)
         stopper = StopRecorder(self._stop, sampling, mask.shape[1])
         # An engine sees to its shards itself; a bare sharded model needs its ranks to run the same number of steps.

@@ -36,8 +36,9 @@ class NativeRollout:
         seed: int,
         greedy: bool = False,
         indices: Sequence[int] | None = None,
+        n: int = 1,
     ) -> Rollout:
-        """Sample one response per prompt; see :class:`~lightning_hybrid.rollout.RolloutBackend`.
+        """Sample ``n`` responses per prompt; see :class:`~lightning_hybrid.rollout.RolloutBackend`.
 
         Args:
             engine: a :class:`~lightning_hybrid.engines.hybrid.HybridEngine` in inference, or a bare causal LM.
@@ -45,8 +46,9 @@ class NativeRollout:
             seed: of the random streams, the same on all ranks.
             greedy: take the most probable token instead of sampling.
             indices: of the prompts, over all ranks: a response depends on them, not on the rank that draws it.
+            n: responses per prompt; they share one reading of it.
         """
-        sampling = sampling_params(self.config, self.eos_ids, greedy)
+        sampling = sampling_params(self.config, self.eos_ids, greedy, n)
         model = getattr(engine, "causal_lm", engine)
         if engine is model:
             longest = max((len(prompt) for prompt in prompts), default=0)
@@ -55,7 +57,7 @@ class NativeRollout:
             reason = engine.reason_without_container()
         if reason is not None:
             warn_without_container(model, reason)
-            return self._fallback.generate(engine, prompts, seed, greedy, indices)
+            return self._fallback.generate(engine, prompts, seed, greedy, indices, n)
         budget = self.config.max_tokens_in_flight
         if engine is not model:
             rollout: Rollout = engine.sample(

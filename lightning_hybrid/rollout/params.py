@@ -8,7 +8,7 @@ from lightning_hybrid.config import RolloutConfig
 from lightning_hybrid.generation import SamplingParams
 
 
-def sampling_params(config: RolloutConfig, eos_ids: Sequence[int], greedy: bool) -> SamplingParams:
+def sampling_params(config: RolloutConfig, eos_ids: Sequence[int], greedy: bool, n: int = 1) -> SamplingParams:
     """The decode loop's terms for a configuration."""
     return SamplingParams(
         max_new_tokens=config.max_new_tokens,
@@ -16,6 +16,7 @@ def sampling_params(config: RolloutConfig, eos_ids: Sequence[int], greedy: bool)
         top_k=config.top_k,
         top_p=config.top_p,
         min_p=config.min_p,
+        n=n,
         stop=tuple(config.stop),
         repetition_penalty=config.repetition_penalty,
         min_new_tokens=config.min_new_tokens,

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_hybrid import HybridDeepSpeedStrategy, PPOConfig, PPOModule, RolloutConfig
+from lightning_hybrid.algorithms import ALGORITHMS
 from lightning_hybrid.data.task import build_tokenizer
 from lightning_hybrid.rollout import Rollout
 from tests.helpers import SHARD_EVERYTHING, quiet_trainer, tiny_policy, weights_of
@@ -39,9 +40,7 @@ class GivenRollouts:
     def __init__(self, rank: int, world_size: int) -> None:
         self.rows = torch.arange(ROWS).chunk(world_size)[rank]
 
-    def generate(
-        self, engine: Any, prompts: Sequence[Any], seed: int, greedy: bool = False, indices: Sequence[int] | None = None
-    ) -> Rollout:
+    def generate(self, engine: Any, prompts: Sequence[Any], **_: Any) -> Rollout:
         whole, rows = given_rollout(), self.rows
         fields = ("tokens", "prompt_mask", "response_mask", "policy_logprobs", "sampling_logprobs")
         reasons = tuple(whole.finish_reasons[i] for i in rows.tolist())
@@ -69,6 +68,28 @@ def update(stage: int, world_size: int, **changes: Any) -> tuple[Tensor, Tensor,
     trainer.fit(module, loader)
     figures = {name: float(value) for name, value in trainer.callback_metrics.items()}
     return weights_of(module.actor), weights_of(module.critic), figures
+
+
+def group_update(name: str, stage: int, world_size: int) -> tuple[Tensor, dict[str, float]]:
+    """Two iterations of an algorithm without a critic on the given rollout, groups of two: weights, last figures."""
+    settings = {"actor_lr": 1e-3, "epochs": 2, "micro_batch_size": 2, "group_size": 2, "logprob_chunk": 4}
+    config = ALGORITHMS[name](**settings)
+    module = PPOModule(tiny_policy(), reward, config, RolloutConfig(max_new_tokens=9), build_tokenizer())
+    strategy = HybridDeepSpeedStrategy(stage=stage, config=SHARD_EVERYTHING if stage == 3 else None)
+    trainer = quiet_trainer(strategy, devices=world_size, max_steps=2)
+    module.backend = GivenRollouts(strategy.global_rank, world_size)
+    prompts = ROWS // 2 // world_size
+    batch = {"prompt_ids": range(prompts), "prompts": [""] * prompts}
+    trainer.fit(module, DataLoader([batch] * 2, batch_size=None))  # type: ignore[arg-type]
+    return weights_of(module.actor), {name: float(value) for name, value in trainer.callback_metrics.items()}
+
+
+def save_group_updates(folder: str, world_size: int, names: list[str], stage: int) -> None:
+    """Entry point of a rank: write what each algorithm ended with."""
+    for name in names:
+        weights, figures = group_update(name, stage, world_size)
+        if torch.distributed.get_rank() == 0:
+            torch.save({"weights": weights, "figures": figures}, Path(folder) / f"{name}.pt")
 
 
 def save_updates(folder: str, world_size: int, stages: list[int]) -> None:

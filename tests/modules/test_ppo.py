@@ -15,9 +15,10 @@ from torch.utils.data import DataLoader
 from lightning_hybrid import HybridDeepSpeedStrategy, PPOConfig, PPOModule, PromptDataModule, RolloutConfig
 from lightning_hybrid.data.task import build_tokenizer
 from lightning_hybrid.errors import ConfigError, DataError, RewardError
+from lightning_hybrid.generation import used_columns
 from lightning_hybrid.models import build_policy
-from lightning_hybrid.modules.experience import minibatches, used_columns
-from lightning_hybrid.modules.roles import scalar_from_policy
+from lightning_hybrid.models.scalar import scalar_from_policy
+from lightning_hybrid.modules.batching import minibatches
 from tests.helpers import PPO_FIGURES, quiet_trainer, tiny_policy, weights_of
 
 WARM = build_tokenizer().convert_tokens_to_ids("warm")

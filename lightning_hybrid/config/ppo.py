@@ -1,0 +1,210 @@
+"""The whole configuration of the recipe `ppo`, whose algorithm comes in kinds, and the rules between its groups."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cache
+from typing import Any, ClassVar
+
+from pydantic import Field, SerializeAsAny, create_model
+
+from lightning_hybrid.algorithms import ALGORITHMS, GroupConfig, OnlineConfig, PPOConfig
+from lightning_hybrid.config.data import InstructionDataConfig, PromptDataConfig
+from lightning_hybrid.config.groups import PPOModelConfig, RolloutConfig
+from lightning_hybrid.config.reward import RewardSourceConfig, longest_seconds
+from lightning_hybrid.config.roles import RolesConfig, TrainedRoleConfig
+from lightning_hybrid.config.roots import Run, ranks_of
+from lightning_hybrid.settings import Problem, Rule, refuse
+
+
+def _clipping_is_the_algorithms(run: PPORun) -> Problem | None:
+    if run.trainer.gradient_clip_val is None:
+        return None
+    remedy = "PPO clips each optimizer's gradients itself: use algorithm.max_grad_norm"
+    return Problem("trainer.gradient_clip_val", remedy, str(run.trainer.gradient_clip_val))
+
+
+def _accumulation_is_the_algorithms(run: PPORun) -> Problem | None:
+    if run.trainer.accumulate_grad_batches == 1:
+        return None
+    remedy = "PPO accumulates inside its update: use algorithm.minibatch_size and algorithm.micro_batch_size"
+    return Problem("trainer.accumulate_grad_batches", remedy, str(run.trainer.accumulate_grad_batches))
+
+
+def _minibatch_divides_over_ranks(run: PPORun) -> Problem | None:
+    ranks, size = ranks_of(run.trainer), run.algorithm.minibatch_size
+    if ranks is None or size is None or size % ranks == 0:
+        return None
+    remedy = f"must be a multiple of the number of ranks ({ranks}): it counts sequences over all of them"
+    return Problem("algorithm.minibatch_size", remedy, str(size))
+
+
+def _minibatch_fits_rollout(run: PPORun) -> Problem | None:
+    ranks, size, prompts = ranks_of(run.trainer), run.algorithm.minibatch_size, _prompts_learned_from(run)
+    if ranks is None or size is None or prompts * ranks * run.algorithm.group_size % size == 0:
+        return None
+    factors = "data.batch_size times ranks" if prompts == run.data.batch_size else "algorithm.groups times ranks"
+    factors += "" if run.algorithm.group_size == 1 else f" times algorithm.group_size {run.algorithm.group_size}"
+    remedy = f"must divide the rollout batch of {prompts * ranks * run.algorithm.group_size} ({factors})"
+    return Problem("algorithm.minibatch_size", remedy, str(size))
+
+
+def _prompts_learned_from(run: PPORun) -> int:
+    groups = run.algorithm.groups if isinstance(run.algorithm, GroupConfig) else None
+    return groups or run.data.batch_size
+
+
+def _groups_come_from_the_batch(run: PPORun) -> Problem | None:
+    if _prompts_learned_from(run) <= run.data.batch_size:
+        return None
+    remedy = f"must not exceed data.batch_size ({run.data.batch_size}), the prompts to choose from"
+    return Problem("algorithm.groups", remedy, str(_prompts_learned_from(run)))
+
+
+def _overlong_buffer_fits_responses(run: PPORun) -> Problem | None:
+    buffer, longest = run.algorithm.overlong_buffer, run.rollout.max_new_tokens
+    if buffer is None or buffer < longest:
+        return None
+    return Problem("algorithm.overlong_buffer", f"must be below rollout.max_new_tokens ({longest})", str(buffer))
+
+
+def _ptx_has_texts_and_a_weight(run: PPORun) -> Problem | None:
+    coef, path = run.algorithm.ptx_coef, run.ptx.path
+    if (coef > 0) == (path is not None):
+        return None
+    if path is None:
+        return Problem("ptx.path", "needed with algorithm.ptx_coef above 0: the texts of the PTX loss", "None")
+    return Problem("algorithm.ptx_coef", "must be above 0 for ptx.path to have an effect", "0")
+
+
+def _a_reference_is_kept_where_one_is_given(run: PPORun) -> Problem | None:
+    if run.model.reference is None or run.algorithm.reference:
+        return None
+    return Problem(
+        "model.reference", "needs algorithm.reference=true: there is none otherwise", repr(run.model.reference)
+    )
+
+
+def _only_a_critic_has_its_settings(run: PPORun) -> Problem | None:
+    if run.algorithm.critic:
+        return None
+    given = {"model.critic": run.model.critic, "roles.critic": run.roles.critic}
+    for key, value in given.items():
+        if value not in (None, TrainedRoleConfig()):
+            return Problem(key, f"algorithm {run.algorithm.name!r} has no critic: leave it out", repr(value))
+    return None
+
+
+def _rollout_fits_workspace(run: PPORun) -> Problem | None:
+    limit, asked = run.strategy.hybrid_engine.max_out_tokens, run.rollout.max_new_tokens + 1
+    if run.rollout.backend != "native" or max(asked, run.data.max_length or 0) <= limit:
+        return None
+    needs = "rollout.max_new_tokens and a prompt" if asked > limit else "data.max_length"
+    remedy = f"must be at least {max(asked, run.data.max_length or 0)}, what {needs} may need"
+    return Problem("strategy.hybrid_engine.max_out_tokens", remedy, str(limit))
+
+
+def rollout_lacks_old_logprobs(rollout: RolloutConfig) -> str | None:
+    """Why PPO's old log-probs cannot come from a rollout sampled like this; None where they can.
+
+    PPO's are at the rollout's temperature, over all tokens. A rollout knows those at temperature 1, and those under the
+    distribution that it drew from, which are the same thing only where the temperature alone shaped it.
+    """
+    if rollout.temperature == 1.0:
+        return None
+    shapes = {
+        "top_k": (rollout.top_k, 0),
+        "top_p": (rollout.top_p, 1.0),
+        "min_p": (rollout.min_p, 0.0),
+        "repetition_penalty": (rollout.repetition_penalty, 1.0),
+        "min_new_tokens": (rollout.min_new_tokens, 0),
+    }
+    given = [f"{name}={value}" for name, (value, off) in shapes.items() if value != off]
+    if not given:
+        return None
+    return (
+        f"with rollout.temperature={rollout.temperature} and {', '.join(given)} the rollout does not know the "
+        "log-probs at that temperature over all tokens"
+    )
+
+
+def _rollout_knows_old_logprobs(run: PPORun) -> Problem | None:
+    if run.algorithm.old_logprobs != "rollout":
+        return None
+    reason = rollout_lacks_old_logprobs(run.rollout)
+    if reason is None:
+        return None
+    return Problem("algorithm.old_logprobs", f"{reason}: use recompute or auto", "'rollout'")
+
+
+def _reward_ends_before_ranks_stop_waiting(run: PPORun) -> Problem | None:
+    """While one rank waits for its scores, the others wait for that rank."""
+    reward, limit, longest = run.reward, run.strategy.timeout_seconds, longest_seconds(run.reward)
+    if longest < limit or ranks_of(run.trainer) == 1:
+        return None
+    remedy = f"with all retries the reward may take {longest:g} s, which must be less than strategy.timeout_seconds"
+    return Problem("reward.timeout_seconds", f"{remedy} ({limit:g})", f"{reward.timeout_seconds:g}")
+
+
+class PTXConfig(InstructionDataConfig):
+    """Texts whose likelihood PPO keeps up."""
+
+    path: str | list[str] | None = None  # type: ignore[assignment]
+    """file, or list of files; null for no PTX loss"""
+    prompt_key: str | None = None
+    """key of the prompt; null when the whole text is to be learned"""
+    response_key: str = "text"
+    """key of the text to learn"""
+
+
+class PPORun(Run):
+    """Configuration of the recipe `ppo`; `algorithm.name` decides what settings `algorithm` has."""
+
+    rules: ClassVar[tuple[Rule, ...]] = (
+        *Run.rules,
+        _clipping_is_the_algorithms,
+        _accumulation_is_the_algorithms,
+        _minibatch_divides_over_ranks,
+        _minibatch_fits_rollout,
+        _groups_come_from_the_batch,
+        _rollout_fits_workspace,
+        _rollout_knows_old_logprobs,
+        _overlong_buffer_fits_responses,
+        _reward_ends_before_ranks_stop_waiting,
+        _ptx_has_texts_and_a_weight,
+        _a_reference_is_kept_where_one_is_given,
+        _only_a_critic_has_its_settings,
+    )
+
+    model: PPOModelConfig
+    """the policy, and the models beside it"""
+    data: PromptDataConfig
+    """prompts to respond to"""
+    algorithm: SerializeAsAny[OnlineConfig] = Field(default_factory=PPOConfig)
+    """settings of the algorithm"""
+    rollout: RolloutConfig = Field(default_factory=RolloutConfig)
+    """how responses are sampled"""
+    reward: RewardSourceConfig
+    """where scores come from"""
+    ptx: PTXConfig = Field(default_factory=PTXConfig)
+    """texts of the PTX loss"""
+    roles: RolesConfig = Field(default_factory=RolesConfig)
+    """what differs between the models"""
+
+    @classmethod
+    def schema_for(cls, values: Mapping[str, Any]) -> type[PPORun]:
+        """The schema whose `algorithm` has the settings of the one that is named."""
+        group = values.get("algorithm")
+        name = group.get("name", "ppo") if isinstance(group, Mapping) else "ppo"
+        if name not in ALGORITHMS:
+            refuse(
+                [Problem("algorithm.name", f"must be one of {', '.join(ALGORITHMS)}", repr(name))],
+                "in the configuration",
+            )
+        return _with_algorithm(cls, ALGORITHMS[name])
+
+
+@cache
+def _with_algorithm(schema: type[PPORun], algorithm: type[OnlineConfig]) -> type[PPORun]:
+    field = Field(default_factory=algorithm, description=schema.model_fields["algorithm"].description)
+    return create_model(schema.__name__, __base__=schema, __module__=schema.__module__, algorithm=(algorithm, field))
