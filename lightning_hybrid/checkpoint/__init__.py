@@ -2,6 +2,7 @@
 
 from lightning_hybrid.checkpoint.differences import differences
 from lightning_hybrid.checkpoint.engine_state import engine_state, merged_numbers, restore_engine
+from lightning_hybrid.checkpoint.exchange import exchange_weights
 from lightning_hybrid.checkpoint.folder import newest_complete, problems
 from lightning_hybrid.checkpoint.frozen import (
     fingerprints,
@@ -34,6 +35,7 @@ __all__ = [
     "differences",
     "engine_folder",
     "engine_state",
+    "exchange_weights",
     "fingerprints",
     "frozen_parameters",
     "frozen_tensors",

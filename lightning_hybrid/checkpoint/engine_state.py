@@ -71,7 +71,7 @@ def restore_engine(
             _restore_flat(engine, flat, stretches, summary)
         _restore_buffers(engine, buffers)
     _restore_numbers(engine, summary)
-    _spread_weights(engine)
+    spread_weights(engine)
 
 
 # ---- the parts ----------------------------------------------------------------------------------------------------
@@ -239,7 +239,7 @@ def _restore_numbers(engine: DeepSpeedEngine, summary: dict[str, Any]) -> None:
             setattr(engine.optimizer.loss_scaler, name, value)
 
 
-def _spread_weights(engine: DeepSpeedEngine) -> None:
+def spread_weights(engine: DeepSpeedEngine) -> None:
     """From the optimizer's full-precision weights to those that the model computes with, on every rank."""
     optimizer, stage = engine.optimizer, engine.zero_optimization_stage()
     if stage in (1, 2):

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from lightning_hybrid.config import SFTConfig
 from lightning_hybrid.models import Policy, load_policy, max_positions
+from lightning_hybrid.models.packing import refuse_unpackable
+from lightning_hybrid.modules.likelihood import next_token_loss
 from lightning_hybrid.modules.optimization import make_adamw, make_schedule
 
 
@@ -34,9 +36,18 @@ class SFTModule(L.LightningModule):
         """Tokens that a text may have; None for no limit."""
         return max_positions(self.policy.config)
 
+    def setup(self, stage: str) -> None:
+        """Refuse packed texts where the model would let one see another.
+
+        Raises:
+            ConfigError: names what it is about the model.
+        """
+        if getattr(getattr(self.trainer, "datamodule", None), "packing", False):
+            refuse_unpackable(self.policy)
+
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Loss of one batch of instructions, see :class:`~lightning_hybrid.data.InstructionDataModule`."""
-        total, count = self._loss(batch)
+        total, count = next_token_loss(self.policy, batch)
         # Engines average gradients over ranks: each rank's sum is divided by the mean count, which weighs tokens alike.
         mean_count = self.trainer.strategy.reduce(count.float(), reduce_op="mean")
         loss = total / mean_count.clamp_min(1)
@@ -46,15 +57,8 @@ class SFTModule(L.LightningModule):
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """Log ``val/loss``, in nats per token."""
-        total, count = self._loss(batch)
+        total, count = next_token_loss(self.policy, batch)
         self.log("val/loss", total / count.clamp_min(1), batch_size=int(count), sync_dist=True, prog_bar=True)
-
-    def _loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Sum of the negative log-probs of the counted tokens, and their number."""
-        counts = batch["loss_mask"].clone()
-        counts[:, 0] = False  # the first token has no past to be predicted from
-        output = self.policy(batch["input_ids"], batch["attention_mask"], counts)
-        return -output.logprobs.sum(), counts.sum()
 
     def configure_optimizers(self) -> Any:
         """AdamW with a schedule that steps with the optimizer."""

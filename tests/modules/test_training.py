@@ -20,6 +20,7 @@ from lightning_hybrid import (
 from lightning_hybrid.callbacks import HFExport
 from lightning_hybrid.data.task import NOUNS, TaskFiles, TaskSizes, build_tokenizer, write_task
 from lightning_hybrid.models import load_policy, load_scalar, load_tokenizer
+from lightning_hybrid.modules.likelihood import next_token_loss
 from lightning_hybrid.modules.roles import scalar_from_policy
 from lightning_hybrid.rewards import LearnedReward
 from tests.helpers import quiet_trainer, tiny_policy, weights_of
@@ -35,7 +36,7 @@ def test_sft_averages_over_responses_only() -> None:
     tokens = torch.tensor([[1, 5, 6, 7, 2], [1, 8, 9, 2, 0]])
     mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 1, 0]]).bool()
     counts = torch.tensor([[0, 0, 0, 1, 1], [0, 0, 1, 1, 0]]).bool()
-    total, count = module._loss({"input_ids": tokens, "attention_mask": mask, "loss_mask": counts})
+    total, count = next_token_loss(module.policy, {"input_ids": tokens, "attention_mask": mask, "loss_mask": counts})
     logp = module.policy.model(tokens).logits.float().log_softmax(-1)
     expected = -(logp[0, 2, 7] + logp[0, 3, 2] + logp[1, 1, 9] + logp[1, 2, 2]) / 4
     torch.testing.assert_close(total / count, expected)
