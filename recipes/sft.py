@@ -1,6 +1,7 @@
 """Supervised fine-tuning: a causal LM learns to continue prompts with responses, or to write texts like those given.
 
-Left out: packing and chat templates. Out comes a Hugging Face folder, ``<output_dir>/model``.
+Conversations pass through the tokenizer's chat template, or the one that ``data.template`` names, which the model then
+takes along; every answer of the assistant is learned. Out comes a Hugging Face folder, ``<output_dir>/model``.
 """
 
 from __future__ import annotations

@@ -9,7 +9,12 @@ from lightning_hybrid.data.checking import check_tokenizer, pad_id
 from lightning_hybrid.data.reading import Row, read_rows
 
 if TYPE_CHECKING:
-    from lightning_hybrid.data.datamodule import InstructionDataModule, PreferenceDataModule, PromptDataModule
+    from lightning_hybrid.data.datamodule import (
+        InstructionDataModule,
+        PreferenceDataModule,
+        PromptDataModule,
+        UnpairedDataModule,
+    )
     from lightning_hybrid.data.prompts import PromptBatch
     from lightning_hybrid.data.task import TaskFiles, TaskSizes, gold_score, task_reward, write_task
 
@@ -21,6 +26,7 @@ _LAZY = {
     "PromptDataModule": "datamodule",
     "TaskFiles": "task",
     "TaskSizes": "task",
+    "UnpairedDataModule": "datamodule",
     "gold_score": "task",
     "task_reward": "task",
     "write_task": "task",
@@ -34,6 +40,7 @@ __all__ = [
     "Row",
     "TaskFiles",
     "TaskSizes",
+    "UnpairedDataModule",
     "check_tokenizer",
     "gold_score",
     "pad_id",

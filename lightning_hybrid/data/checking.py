@@ -6,7 +6,9 @@ import logging
 import reprlib
 import unicodedata
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from difflib import get_close_matches
 from typing import TYPE_CHECKING
 
@@ -25,10 +27,65 @@ SHOWN_EXAMPLES = 10
 LARGEST = 3.4028234663852886e38  # batches hold float32, which would turn more than this into infinity
 
 
+class Tally:
+    """What is dropped, lost and remarked while rows are read bit by bit, to be said once for all of them.
+
+    Args:
+        source: What is read, for messages.
+        losses: Count lost characters too, which takes as long as tokenising; not where they were counted before.
+    """
+
+    def __init__(self, source: str, *, losses: bool = True) -> None:
+        self.losses = losses
+        self.dropped = Dropped(source, 0)
+        self.lost: Counter[str] = Counter()
+        self.notices: dict[str, None] = {}
+
+    def add(self, other: Tally) -> None:
+        """Take in what another one holds."""
+        self.dropped.total += other.dropped.total
+        self.dropped.reasons.update(other.dropped.reasons)
+        self.lost.update(other.lost)
+        self.notices |= other.notices
+
+    def report(self) -> None:
+        """Log everything.
+
+        Raises:
+            DataError: If no row is left.
+        """
+        for message in self.notices:
+            notice(message)
+        _report_lost(self.lost, self.dropped.source)
+        self.dropped.report()
+
+
+_GATHERING: ContextVar[Tally | None] = ContextVar("tally of rows that are read bit by bit", default=None)
+
+
+@contextmanager
+def gathered(tally: Tally) -> Iterator[None]:
+    """Within it, what this file would log goes to ``tally``, and nothing is raised where no row of a bit is left."""
+    token = _GATHERING.set(tally)
+    try:
+        yield
+    finally:
+        _GATHERING.reset(token)
+
+
 def notice(message: str) -> None:
     """Log a one-line warning, on rank 0 only: every rank reads the same data."""
-    if not getattr(rank_zero_only, "rank", 0):
+    tally = _GATHERING.get()
+    if tally is not None:
+        tally.notices[message] = None
+    elif not getattr(rank_zero_only, "rank", 0):
         LOGGER.warning(message)
+
+
+def say(message: str) -> None:
+    """Log one line that is no warning, on rank 0 only."""
+    if not getattr(rank_zero_only, "rank", 0):
+        LOGGER.info(message)
 
 
 class Problems:
@@ -84,6 +141,11 @@ class Dropped:
         Raises:
             DataError: If no row is left.
         """
+        tally = _GATHERING.get()
+        if tally is not None:
+            tally.dropped.total += self.total
+            tally.dropped.reasons.update(self.reasons)
+            return
         count = sum(self.reasons.values())
         reasons = "; ".join(f"{number:,} {reason}" for reason, number in self.reasons.items())
         if count == self.total:
@@ -103,10 +165,18 @@ def text_field(row: Row, key: str, problems: Problems) -> str:
     if not isinstance(value, str):
         problems.add(row.where, f"{key!r} must be text, found {type(value).__name__}: {_short(value)}")
         return ""
-    if any("\ud800" <= character <= "\udfff" for character in value):
-        problems.add(row.where, f"{key!r} holds half of a surrogate pair, which is no character: {_short(value)}")
+    wrong = surrogate_problem(value)
+    if wrong:
+        problems.add(row.where, f"{key!r} {wrong}")
         return ""
     return value
+
+
+def surrogate_problem(text: str) -> str:
+    """Say that a text cannot be written down, as it holds half of a surrogate pair; empty where it can."""
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        return f"holds half of a surrogate pair, which is no character: {_short(text)}"
+    return ""
 
 
 def label_field(row: Row, key: str, problems: Problems) -> bool:
@@ -183,8 +253,9 @@ def lost_characters(
         How many of each character were lost, over all texts.
     """
     lost: Counter[str] = Counter()
+    unknown = tokenizer.unk_token_id  # asked for once: the tokenizer looks it up anew each time
     for text, ids in zip(texts, token_ids, strict=True):
-        known = [index for index in ids if index != tokenizer.unk_token_id]
+        known = [index for index in ids if index != unknown]
         lost.update(_lost(text, str(tokenizer.decode(known))))
     return lost
 
@@ -193,7 +264,14 @@ def report_lost_characters(
     tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], token_ids: Sequence[Sequence[int]], source: str
 ) -> None:
     """Log how many characters the tokenizer loses, with up to 10 examples; nothing when it loses none."""
-    lost = lost_characters(tokenizer, texts, token_ids)
+    tally = _GATHERING.get()
+    if tally is None:
+        _report_lost(lost_characters(tokenizer, texts, token_ids), source)
+    elif tally.losses:
+        tally.lost.update(lost_characters(tokenizer, texts, token_ids))
+
+
+def _report_lost(lost: Counter[str], source: str) -> None:
     if not lost:
         return
     examples = ", ".join(f"{character!r} ×{count:,}" for character, count in lost.most_common(SHOWN_EXAMPLES))

@@ -1,22 +1,26 @@
-"""The three data modules: prompts with responses, preferences, and prompts alone."""
+"""The data modules: prompts with responses, preferences, labelled responses, and prompts alone."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
-from typing import Any, Literal, Unpack, get_args
+from typing import Any, Literal, Self, Unpack, get_args
 
-from lightning_hybrid.data import instructions, preferences, prompts
-from lightning_hybrid.data.base import CommonArguments, Paths, TextDataModule, check_choice, check_positive
+from lightning_hybrid.data import instructions, packing, preferences, prompts, schemas, unpaired
+from lightning_hybrid.data.base import Paths, check_choice, check_positive
+from lightning_hybrid.data.chatting import AnswerArguments, AnswerDataModule, ChatArguments, ChatDataModule
 from lightning_hybrid.data.checking import Problems, pad_id
+from lightning_hybrid.data.encoding import EncodedText
 from lightning_hybrid.data.reading import Row
-from lightning_hybrid.errors import DataError
+from lightning_hybrid.data.recognition import Recogniser
+from lightning_hybrid.errors import ConfigError, DataError
 
 Pairing = Literal["rows", "labels"]
 
 
-class InstructionDataModule(TextDataModule[instructions.Instruction]):
-    """Prompts with responses, or whole texts, for supervised fine-tuning.
+class InstructionDataModule(AnswerDataModule[instructions.Instruction | instructions.Dialogue]):
+    """Prompts with responses, conversations, or whole texts, for supervised fine-tuning.
 
     Batches: ``input_ids`` Long[B, T], ``attention_mask`` Bool[B, T] and ``loss_mask`` Bool[B, T], padded on the right;
     ``loss_mask`` is True on the tokens of responses and their EOS.
@@ -36,12 +40,18 @@ class InstructionDataModule(TextDataModule[instructions.Instruction]):
         too_long: What happens to longer rows: ``drop`` (counted), ``truncate`` (the end), ``error``.
         prompt_key: Name of the prompt in a row; ``None`` where the whole text is learned.
         response_key: Name of the response in a row.
-        add_eos: End responses with EOS.
-        bos: Begin with BOS, where the tokenizer has one.
+        packing: Put several texts into each row of ``max_length`` tokens, none of which sees another; ``batch_size``
+            then counts such rows. Batches gain ``position_ids`` Long[B, T] and ``sequence`` Long[B, T], 0 on padding
+            and 1, 2, ... on the texts of a row.
+        template: As ``chat``, ``system`` and ``bos``: see `ChatDataModule`.
+        add_eos: As ``balance``: see `AnswerDataModule`.
 
     Raises:
         ConfigError: If an argument has a value that it cannot have.
     """
+
+    _task = "instructions"
+    _default_keys = {"prompt_key": "prompt", "response_key": "response"}
 
     def __init__(
         self,
@@ -49,33 +59,56 @@ class InstructionDataModule(TextDataModule[instructions.Instruction]):
         *,
         prompt_key: str | None = "prompt",
         response_key: str = "response",
-        add_eos: bool = True,
-        bos: bool = True,
-        **common: Unpack[CommonArguments],
+        packing: bool = False,
+        **common: Unpack[AnswerArguments],
     ) -> None:
         super().__init__(path, **common)
+        if packing and self.balance:
+            raise ConfigError("packing and balance are both set: packed rows are of like length, so unset balance")
         self.prompt_key = prompt_key
         self.response_key = response_key
-        self.add_eos = add_eos
-        self.bos = bos
+        self.packing = packing
 
-    def _examples(self, rows: list[Row], problems: Problems) -> list[instructions.Instruction]:
-        return instructions.read_instructions(rows, self.prompt_key, self.response_key, problems)
+    def _refuse_streaming(self) -> None:
+        super()._refuse_streaming()
+        if self.packing:
+            raise ConfigError("packing needs the length of every row, which streaming does not know: unset one of them")
 
-    def _dataset(self, examples: list[instructions.Instruction], source: str, *, training: bool) -> Any:
-        return instructions.encode_instructions(
-            examples, self._tokens(), self._rule(), source, add_eos=self.add_eos, bos=self.bos
-        )
+    def _examples(
+        self, rows: Sequence[Row], recogniser: Recogniser, problems: Problems
+    ) -> list[instructions.Instruction | instructions.Dialogue]:
+        def by_keys(rows: Sequence[Row]) -> list[instructions.Instruction]:
+            return instructions.read_instructions(rows, self.prompt_key, self.response_key, problems)
+
+        return schemas.instructions_of(rows, recogniser, by_keys, problems)
+
+    def _encode(
+        self, examples: Sequence[instructions.Instruction | instructions.Dialogue], source: str
+    ) -> list[EncodedText]:
+        dropped = self._count_dropped(source, examples)
+        return instructions.encode_instructions(examples, self._answers(add_eos=self.add_eos), self._rule(), dropped)
+
+    def _dataset(self, examples: Any, source: str, *, training: bool) -> Any:
+        texts = super()._dataset(examples, source, training=training)
+        room = self._rule().room
+        if not self.packing:
+            return texts
+        if room is None:
+            raise ConfigError("packing needs to know how long rows are, and the model has no limit: set max_length")
+        return packing.PackedDataset(texts, room)
 
     def _collator(self) -> Callable[[Any], Any]:
+        if self.packing:
+            return partial(packing.collate_packed, fill=pad_id(self._tokens()))
         return partial(instructions.collate_instructions, fill=pad_id(self._tokens()))
 
 
-class PreferenceDataModule(TextDataModule[preferences.Preference | preferences.LabelledText]):
-    """Pairs of a chosen and a rejected text, for reward models.
+class PreferenceDataModule(AnswerDataModule[preferences.Preference | preferences.LabelledText]):
+    """Pairs of a chosen and a rejected text, for reward models and for learning from preferences directly.
 
-    Batches: ``chosen`` and ``rejected``, each with ``input_ids`` Long[B, T] and ``attention_mask`` Bool[B, T], padded
-    on the right, and ``margin`` Float[B] where rows have one. Truncating keeps BOS and the end of a text.
+    Batches: ``chosen`` and ``rejected``, each with ``input_ids`` Long[B, T], ``attention_mask`` Bool[B, T] and
+    ``loss_mask`` Bool[B, T], True on the response and its EOS, padded on the right, and ``margin`` Float[B] where rows
+    have one. Truncating keeps BOS and the end of a text.
 
     Args:
         path: As all common arguments: see `InstructionDataModule`.
@@ -86,12 +119,15 @@ class PreferenceDataModule(TextDataModule[preferences.Preference | preferences.L
         pairing: ``rows``: each row is a pair. ``labels``: rows have ``text`` and ``label``, and a pair is a text of
             label 1 over one of label 0, drawn by seed and epoch.
         pairs: Pairs of one epoch with ``labels``; ``None``: as many as rows.
-        add_eos: End both texts with EOS.
-        bos: Begin with BOS, where the tokenizer has one.
+        template: As ``chat``, ``system`` and ``bos``: see `ChatDataModule`.
+        add_eos: As ``balance``: see `AnswerDataModule`.
 
     Raises:
         ConfigError: If an argument has a value that it cannot have.
     """
+
+    _task = "preferences"
+    _default_keys = {"chosen_key": "chosen", "rejected_key": "rejected", "prompt_key": None}
 
     def __init__(
         self,
@@ -103,21 +139,19 @@ class PreferenceDataModule(TextDataModule[preferences.Preference | preferences.L
         margin_key: str | None = None,
         pairing: Pairing = "rows",
         pairs: int | None = None,
-        add_eos: bool = True,
-        bos: bool = True,
-        **common: Unpack[CommonArguments],
+        **common: Unpack[AnswerArguments],
     ) -> None:
         super().__init__(path, **common)
         check_choice("pairing", pairing, get_args(Pairing))
         check_positive("pairs", pairs)
+        if pairing == "labels" and self.balance:
+            raise ConfigError("balance needs pairs whose lengths are known beforehand: unset it, or pairing=rows")
         self.chosen_key = chosen_key
         self.rejected_key = rejected_key
         self.prompt_key = prompt_key
         self.margin_key = margin_key
         self.pairing: Pairing = pairing
         self.pairs = pairs
-        self.add_eos = add_eos
-        self.bos = bos
         self._validation_texts: list[preferences.LabelledText] = []
 
     def validation_texts(self) -> tuple[list[str], list[str]]:
@@ -139,43 +173,109 @@ class PreferenceDataModule(TextDataModule[preferences.Preference | preferences.L
         """Return the token ids of whole texts as the batches have them: with BOS and EOS, cut to the limit."""
         return self._encoder()(texts)
 
-    def _examples(self, rows: list[Row], problems: Problems) -> list[preferences.Preference | preferences.LabelledText]:
+    def _examples(
+        self, rows: Sequence[Row], recogniser: Recogniser, problems: Problems
+    ) -> list[preferences.Preference | preferences.LabelledText]:
         if self.pairing == "labels":
             return [*preferences.read_labelled(rows, problems)]
         keys = (self.chosen_key, self.rejected_key, self.prompt_key, self.margin_key)
-        return [*preferences.read_preferences(rows, *keys, problems)]
 
-    def _dataset(
-        self, examples: list[preferences.Preference | preferences.LabelledText], source: str, *, training: bool
-    ) -> Any:
-        labelled = [example for example in examples if isinstance(example, preferences.LabelledText)]
-        if labelled:
-            return self._pairs(labelled, source, training=training)
+        def by_keys(rows: Sequence[Row]) -> list[preferences.Preference]:
+            return preferences.read_preferences(rows, *keys, problems)
+
+        return [*schemas.preferences_of(rows, recogniser, by_keys, self.margin_key, problems)]
+
+    def _dataset(self, examples: Any, source: str, *, training: bool) -> Any:
+        if self.pairing == "labels":
+            return self._pairs(examples, source, training=training)
+        return super()._dataset(examples, source, training=training)
+
+    def _encode(
+        self, examples: Sequence[preferences.Preference | preferences.LabelledText], source: str
+    ) -> list[preferences.EncodedPreference]:
         rows = [example for example in examples if isinstance(example, preferences.Preference)]
-        return preferences.encode_preferences(rows, self._encoder(), source)
+        return preferences.encode_preferences(rows, self._encoder(), self._count_dropped(source, rows))
+
+    def _refuse_streaming(self) -> None:
+        if self.pairing == "labels":
+            raise ConfigError("pairing=labels draws from all texts, so they cannot be streamed: set streaming=false")
 
     def _pairs(
         self, examples: list[preferences.LabelledText], source: str, *, training: bool
     ) -> preferences.PairDataset:
-        kept, token_ids = preferences.encode_labelled(examples, self._encoder(), source)
-        positive = [ids for example, ids in zip(kept, token_ids, strict=True) if example.positive]
-        negative = [ids for example, ids in zip(kept, token_ids, strict=True) if not example.positive]
+        kept, texts = preferences.encode_labelled(examples, self._encoder(), self._count_dropped(source, examples))
+        positive = [text for example, text in zip(kept, texts, strict=True) if example.positive]
+        negative = [text for example, text in zip(kept, texts, strict=True) if not example.positive]
         if training:
             return preferences.PairDataset(positive, negative, self.pairs or len(kept), self.seed, self._epoch)
         self._validation_texts = kept
         return preferences.PairDataset(positive, negative, len(kept), self.seed)
 
-    def _epoch(self) -> int:
-        return self.trainer.current_epoch if self.trainer is not None else 0
-
     def _encoder(self) -> preferences.TextEncoder:
-        return preferences.TextEncoder(self._tokens(), self._rule(), self.add_eos, self.bos)
+        return preferences.TextEncoder(self._answers(add_eos=self.add_eos), self._rule())
 
     def _collator(self) -> Callable[[Any], Any]:
         return partial(preferences.collate_preferences, fill=pad_id(self._tokens()))
 
 
-class PromptDataModule(TextDataModule[prompts.Prompt]):
+class UnpairedDataModule(AnswerDataModule[preferences.LabelledResponse]):
+    """Single responses, each desirable or not, for learning from such labels without pairs.
+
+    Batches: ``input_ids`` Long[B, T], ``attention_mask`` Bool[B, T], ``loss_mask`` Bool[B, T], True on the response and
+    its EOS, padded on the right, and ``desirable`` Bool[B]. Truncating keeps BOS and the end of a text.
+
+    Args:
+        path: As all common arguments: see `InstructionDataModule`.
+        prompt_key: Name of the prompt in a row; ``None`` where the response is a whole text.
+        response_key: Name of the response in a row.
+        label_key: Name of the label in a row: true or 1 where such a response is desired, false or 0 where not.
+        template: As ``chat``, ``system`` and ``bos``: see `ChatDataModule`.
+        add_eos: As ``balance``: see `AnswerDataModule`.
+
+    Raises:
+        ConfigError: If an argument has a value that it cannot have.
+    """
+
+    _task = "labelled"
+    _default_keys = {"prompt_key": "prompt", "response_key": "response", "label_key": "label"}
+
+    def __init__(
+        self,
+        path: Paths,
+        *,
+        prompt_key: str | None = "prompt",
+        response_key: str = "response",
+        label_key: str = "label",
+        **common: Unpack[AnswerArguments],
+    ) -> None:
+        super().__init__(path, **common)
+        self.prompt_key = prompt_key
+        self.response_key = response_key
+        self.label_key = label_key
+
+    def _examples(
+        self, rows: Sequence[Row], recogniser: Recogniser, problems: Problems
+    ) -> list[preferences.LabelledResponse]:
+        def by_keys(rows: Sequence[Row]) -> list[preferences.LabelledResponse]:
+            return unpaired.read_unpaired(rows, self.prompt_key, self.response_key, self.label_key, problems)
+
+        return schemas.labelled_of(rows, recogniser, by_keys, problems)
+
+    def _encode(self, examples: Sequence[preferences.LabelledResponse], source: str) -> list[unpaired.EncodedResponse]:
+        encoder = preferences.TextEncoder(self._answers(add_eos=self.add_eos), self._rule())
+        return unpaired.encode_unpaired(examples, encoder, self._count_dropped(source, examples))
+
+    def _dataset(self, examples: Any, source: str, *, training: bool) -> Any:
+        responses = super()._dataset(examples, source, training=training)
+        if training and isinstance(responses, list) and self.mix is None:
+            unpaired.refuse_one_label(responses, source)
+        return responses
+
+    def _collator(self) -> Callable[[Any], Any]:
+        return partial(unpaired.collate_unpaired, fill=pad_id(self._tokens()))
+
+
+class PromptDataModule(ChatDataModule[prompts.Prompt]):
     """Prompts for reinforcement learning; training batches are always full.
 
     Batches: see `PromptBatch`. Truncating keeps BOS and the end of a prompt.
@@ -186,13 +286,15 @@ class PromptDataModule(TextDataModule[prompts.Prompt]):
         first_words: Cut each text to its first words; repeated prompts are then dropped, and counted.
         max_new_tokens: Tokens that must fit within ``max_length`` behind each prompt; ``None``: what the module that is
             trained will sample.
-        bos: Begin with BOS, where the tokenizer has one.
+        template: As ``chat``, ``system`` and ``bos``: see `ChatDataModule`.
 
     Raises:
         ConfigError: If an argument has a value that it cannot have.
     """
 
     _drop_last = True
+    _task = "prompts"
+    _default_keys = {"prompt_key": "prompt"}
 
     def __init__(
         self,
@@ -201,8 +303,7 @@ class PromptDataModule(TextDataModule[prompts.Prompt]):
         prompt_key: str = "prompt",
         first_words: int | None = None,
         max_new_tokens: int | None = None,
-        bos: bool = True,
-        **common: Unpack[CommonArguments],
+        **common: Unpack[ChatArguments],
     ) -> None:
         super().__init__(path, **common)
         check_positive("first_words", first_words)
@@ -210,22 +311,37 @@ class PromptDataModule(TextDataModule[prompts.Prompt]):
         self.prompt_key = prompt_key
         self.first_words = first_words
         self.max_new_tokens = max_new_tokens
-        self.bos = bos
 
-    def _examples(self, rows: list[Row], problems: Problems) -> list[prompts.Prompt]:
-        return prompts.read_prompts(rows, self.prompt_key, self.first_words, problems)
+    def _examples(self, rows: Sequence[Row], recogniser: Recogniser, problems: Problems) -> list[prompts.Prompt]:
+        def by_keys(rows: Sequence[Row]) -> list[prompts.Prompt]:
+            return prompts.read_prompts(rows, self.prompt_key, problems)
 
-    def _dataset(self, examples: list[prompts.Prompt], source: str, *, training: bool) -> Any:
-        encoded = prompts.encode_prompts(
-            examples, self._tokens(), self._rule(reserve=self._reserve()), source, bos=self.bos
-        )
+        found = schemas.prompts_of(rows, recogniser, by_keys, problems)
+        return found if self.first_words is None else prompts.cut_to_first_words(found, self.first_words, problems)
+
+    def _encode(self, examples: Sequence[prompts.Prompt], source: str) -> list[prompts.EncodedPrompt]:
+        rule = self._rule(reserve=self._reserve())
+        return prompts.encode_prompts(examples, self._answers(), rule, self._count_dropped(source, examples))
+
+    def _settled(self) -> Self:
+        settled = super()._settled()
+        settled.max_new_tokens = self._reserve()
+        return settled
+
+    def _refuse_streaming(self) -> None:
+        if self.first_words is not None:
+            raise ConfigError("first_words keeps each prompt once, which takes all of them: set streaming=false")
+
+    def _placed(self, item: prompts.EncodedPrompt, index: int) -> prompts.EncodedPrompt:
+        return replace(item, index=index)
+
+    def _refuse_size(self, count: int, source: str) -> None:
         ranks = self.trainer.world_size if self.trainer is not None else 1
-        if training and len(encoded) < self.batch_size * ranks:
+        if count < self.batch_size * ranks:
             raise DataError(
-                f"{source} gives {len(encoded):,} prompts, fewer than one batch: batch_size {self.batch_size} × "
+                f"{source} gives {count:,} prompts, fewer than one batch: batch_size {self.batch_size} × "
                 f"{ranks} ranks = {self.batch_size * ranks}; lower batch_size or add prompts"
             )
-        return encoded
 
     def _reserve(self) -> int:
         rollout = getattr(self._module(), "rollout_config", None)

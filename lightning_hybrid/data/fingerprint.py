@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch.distributed as dist
@@ -27,43 +28,85 @@ class Files:
 
     def __init__(self, names: Sequence[str]) -> None:
         self.names = list(names)
-        self._before = {name: _stamp(name) for name in names}
+        self._before = {name: stamp(name) for name in names}
         self._digests = {name: _digest(name) for name in names if self._before[name] is not None}
 
-    def read(self, rows: Mapping[str, int]) -> list[dict[str, Any]]:
+    @property
+    def elsewhere(self) -> list[str]:
+        """Those that are no files here, such as data sets of the hub: told apart by a digest of their rows."""
+        return [name for name in self.names if self._before[name] is None]
+
+    def read(self, rows: Mapping[str, int], digests: Mapping[str, str] | None = None) -> list[dict[str, Any]]:
         """What was read.
 
         Args:
             rows: number of rows of each file.
+            digests: of those that are no files here.
 
         Raises:
             DataError: if a file was changed meanwhile, so that nobody knows what was read.
         """
         for name in self.names:
-            if _stamp(name) != self._before[name]:
+            if stamp(name) != self._before[name]:
                 raise DataError(f"{name} was changed while it was read: start again when nothing writes to it")
         return [
             {"name": name, "bytes": (self._before[name] or (0, 0))[0], "rows": rows.get(name, 0)}
-            | {"sha256": self._digests.get(name, "")}
+            | {"sha256": self._digests.get(name) or (digests or {}).get(name, "")}
             for name in self.names
         ]
 
 
-def _stamp(name: str) -> tuple[int, int] | None:
-    """Size in bytes and time of the last change in nanoseconds; None where there is no such file."""
+def stamp(name: str) -> tuple[int, int] | None:
+    """Size in bytes and time of the last change in nanoseconds; None where there is no such file or folder."""
     try:
-        status = os.stat(name)
-    except OSError:
+        statuses = [os.stat(file) for file in _files_in(name)]
+    except (OSError, ValueError):
         return None
-    return status.st_size, status.st_mtime_ns
+    return sum(status.st_size for status in statuses), max((status.st_mtime_ns for status in statuses), default=0)
+
+
+def refuse_change(name: str, before: tuple[int, int] | None, opened: int | None = None) -> None:
+    """Raise where a file that is read bit by bit is no longer the one that was opened.
+
+    Args:
+        name: of the file.
+        before: its :func:`stamp` then.
+        opened: its descriptor, where it is open.
+
+    Raises:
+        DataError: if its size or the time of its last change differ.
+    """
+    if opened is None:
+        now = stamp(name)
+    else:
+        status = os.fstat(opened)
+        now = status.st_size, status.st_mtime_ns
+    if now != before:
+        raise DataError(f"{name} was changed while it was streamed: start again when nothing writes to it")
+
+
+def digest_of_rows(rows: Iterable[Mapping[str, object]]) -> str:
+    """A digest of the values of rows, for those that come from no file."""
+    sha = hashlib.sha256()
+    for fields in rows:
+        sha.update(json.dumps(fields, sort_keys=True, default=repr).encode())
+    return sha.hexdigest()
+
+
+def _files_in(name: str) -> list[str]:
+    """The file itself, or all files of a folder."""
+    if not os.path.isdir(name):
+        return [name]
+    return sorted(os.path.join(folder, file) for folder, _, files in os.walk(name) for file in files)
 
 
 def _digest(name: str) -> str:
     sha = hashlib.sha256()
     try:
-        with open(name, "rb") as file:
-            while chunk := file.read(CHUNK):
-                sha.update(chunk)
+        for part in _files_in(name):
+            with open(part, "rb") as file:
+                while chunk := file.read(CHUNK):
+                    sha.update(chunk)
     except OSError:
         return ""  # the reader reports it
     return sha.hexdigest()

@@ -6,14 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import torch
-
-from lightning_hybrid.data.checking import Dropped, Problems, report_lost_characters, text_field
-from lightning_hybrid.data.tokenizing import LengthRule, encode_texts, pad_batch, with_bos, with_eos
+from lightning_hybrid.data.checking import Dropped, Problems, text_field
+from lightning_hybrid.data.conversation import Text, Turn, identity_of
+from lightning_hybrid.data.encoding import NOTHING, AnswerEncoder, EncodedText
+from lightning_hybrid.data.tokenizing import LengthRule, pad_batch, pad_masks
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from transformers import PreTrainedTokenizerBase
 
     from lightning_hybrid.data.reading import Row
 
@@ -22,26 +21,27 @@ if TYPE_CHECKING:
 class Instruction:
     """A prompt (empty where the whole text is the response), its response, and where they were read."""
 
-    prompt: str
+    prompt: Text
     response: str
     where: str
 
     @property
     def identity(self) -> str:
         """What decides on which side of a validation split the row falls."""
-        return f"{self.prompt}\n{self.response}"
+        return f"{identity_of(self.prompt)}\n{self.response}"
 
 
 @dataclass(frozen=True)
-class EncodedInstruction:
-    """Token ids of BOS, prompt, response and EOS; the first ``prompt_length`` of them are not to be learned.
+class Dialogue:
+    """A conversation with one or several answers to learn, and where it was read."""
 
-    Example:
-        ``EncodedInstruction(ids=[1, 40, 41, 50, 2], prompt_length=3)``: BOS, two prompt tokens, one of response, EOS.
-    """
+    turns: tuple[Turn, ...]
+    where: str
 
-    ids: list[int]
-    prompt_length: int
+    @property
+    def identity(self) -> str:
+        """What decides on which side of a validation split the row falls."""
+        return identity_of(self.turns)
 
 
 def read_instructions(
@@ -59,54 +59,57 @@ def read_instructions(
 
 
 def encode_instructions(
-    examples: Sequence[Instruction],
-    tokenizer: PreTrainedTokenizerBase,
-    rule: LengthRule,
-    source: str,
-    *,
-    add_eos: bool = True,
-    bos: bool = True,
-) -> list[EncodedInstruction]:
-    """Tokenise prompt and response apart and join them, as a sampled response is joined to its prompt.
+    examples: Sequence[Instruction | Dialogue], encoder: AnswerEncoder, rule: LengthRule, dropped: Dropped
+) -> list[EncodedText]:
+    """Tokenise prompts with their responses, and conversations.
 
     Args:
         examples: The texts.
-        tokenizer: Its tokens for both; special tokens are added here, not by it.
+        encoder: How they become token ids.
         rule: What to do with rows of too many tokens; truncating cuts the end of the response, and its EOS.
-        source: File names, for messages.
-        add_eos: End each response with EOS.
-        bos: Begin with BOS, where the tokenizer has one.
+        dropped: Counts the rows that are left out.
 
     Returns:
         The rows that stay, in order.
 
     Raises:
-        DataError: If no row stays, or a row is too long and ``rule.too_long`` is ``error``.
+        DataError: If no row stays, or a row is too long and ``rule.too_long`` is ``error``, or the chat template
+            refuses one or is missing.
     """
-    prompts = encode_texts(tokenizer, [example.prompt for example in examples])
-    responses = encode_texts(tokenizer, [example.response for example in examples])
-    texts = [text for example in examples for text in (example.prompt, example.response)]
-    token_ids = [ids for pair in zip(prompts, responses, strict=True) for ids in pair]
-    report_lost_characters(tokenizer, texts, token_ids, source)
-    kept, dropped, problems = [], Dropped(source, len(examples)), Problems(source)
-    for example, prompt, response in zip(examples, prompts, responses, strict=True):
-        if not response:
+    kept, problems = [], Problems(dropped.source)
+    for example, whole in zip(examples, _encode(examples, encoder, problems), strict=True):
+        if not whole.ids:
             dropped.add("with an empty response")
             continue
-        prompt = with_bos(tokenizer, prompt) if bos else prompt
-        ids = prompt + (with_eos(tokenizer, response) if add_eos else response)
-        if not rule.keeps(len(ids), example.where, dropped, problems):
+        if not rule.keeps(len(whole), example.where, dropped, problems):
             continue
-        if rule.room is not None and len(prompt) >= rule.room:
+        row = whole.begin(rule.room)
+        if not any(row.learned):
             dropped.add(f"with a prompt that leaves no token of response within max_length {rule.max_length}")
             continue
-        kept.append(EncodedInstruction(ids[: rule.room], len(prompt)))
+        kept.append(row)
     problems.raise_if_any()
     dropped.report()
     return kept
 
 
-def collate_instructions(examples: Sequence[EncodedInstruction], fill: int) -> dict[str, Tensor]:
+def _encode(
+    examples: Sequence[Instruction | Dialogue], encoder: AnswerEncoder, problems: Problems
+) -> list[EncodedText]:
+    """Token ids of every example; refusals by the template are raised, all at once, before any row is judged."""
+    singles = [(i, example) for i, example in enumerate(examples) if isinstance(example, Instruction)]
+    dialogues = [(i, example) for i, example in enumerate(examples) if isinstance(example, Dialogue)]
+    asked = [(example.prompt, example.response) for _, example in singles]
+    encoded = dict.fromkeys(range(len(examples)), NOTHING)
+    answers = encoder.answers(asked, [example.where for _, example in singles], problems)
+    encoded |= {i: answer for (i, _), answer in zip(singles, answers, strict=True)}
+    turns = encoder.dialogues([x.turns for _, x in dialogues], [x.where for _, x in dialogues], problems)
+    encoded |= {i: dialogue for (i, _), dialogue in zip(dialogues, turns, strict=True)}
+    problems.raise_if_any()
+    return list(encoded.values())
+
+
+def collate_instructions(examples: Sequence[EncodedText], fill: int) -> dict[str, Tensor]:
     """Make one batch, padded on the right with the id ``fill``.
 
     Returns:
@@ -114,6 +117,5 @@ def collate_instructions(examples: Sequence[EncodedInstruction], fill: int) -> d
         the tokens of responses and their EOS.
     """
     input_ids, attention_mask = pad_batch([example.ids for example in examples], fill)
-    prompt_lengths = torch.tensor([example.prompt_length for example in examples])
-    loss_mask = attention_mask & (torch.arange(input_ids.shape[1]) >= prompt_lengths[:, None])
+    loss_mask = pad_masks([example.learned for example in examples])
     return {"input_ids": input_ids, "attention_mask": attention_mask, "loss_mask": loss_mask}

@@ -15,15 +15,16 @@ from lightning_hybrid.data.checking import (
     Problems,
     label_field,
     number_field,
-    report_lost_characters,
     text_field,
 )
-from lightning_hybrid.data.tokenizing import LengthRule, encode_texts, keep_end, pad_batch, with_bos, with_eos
+from lightning_hybrid.data.conversation import Text, identity_of
+from lightning_hybrid.data.encoding import AnswerEncoder, EncodedText
+from lightning_hybrid.data.instructions import collate_instructions
+from lightning_hybrid.data.tokenizing import LengthRule
 from lightning_hybrid.errors import DataError
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from transformers import PreTrainedTokenizerBase
 
     from lightning_hybrid.data.reading import Row
 
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 class Preference:
     """Two responses to one prompt (empty where the texts are whole transcripts), the better one first."""
 
-    prompt: str
+    prompt: Text
     chosen: str
     rejected: str
     margin: float | None
@@ -40,8 +41,23 @@ class Preference:
 
     @property
     def identity(self) -> str:
-        """What decides on which side of a validation split the row falls."""
-        return f"{self.prompt}\n{self.chosen}\n{self.rejected}"
+        """What decides on which side of a validation split the row falls: the prompt, so that none is on both."""
+        return identity_of(self.prompt) or f"{self.chosen}\n{self.rejected}"
+
+
+@dataclass(frozen=True)
+class LabelledResponse:
+    """A response to a prompt, and whether such a one is desired."""
+
+    prompt: Text
+    response: str
+    desirable: bool
+    where: str
+
+    @property
+    def identity(self) -> str:
+        """What decides on which side of a validation split the row falls: the prompt, so that none is on both."""
+        return identity_of(self.prompt) or self.response
 
 
 @dataclass(frozen=True)
@@ -60,54 +76,53 @@ class LabelledText:
 
 @dataclass(frozen=True)
 class EncodedPreference:
-    """Token ids of both texts, each with BOS, prompt, response and EOS, and by how much one is better, if known.
+    """Both texts as token ids, each with BOS, prompt, response and EOS, and by how much one is better, if known.
 
     Example:
-        ``EncodedPreference(chosen=[1, 40, 50, 2], rejected=[1, 40, 51, 52, 2])``
+        ``EncodedPreference(chosen=EncodedText([1, 40, 50, 2], [False, False, True, True]), rejected=...)``
     """
 
-    chosen: list[int]
-    rejected: list[int]
+    chosen: EncodedText
+    rejected: EncodedText
     margin: float | None = None
+
+    def __len__(self) -> int:
+        """Tokens of the longer text."""
+        return max(len(self.chosen), len(self.rejected))
 
 
 @dataclass(frozen=True)
 class TextEncoder:
-    """How one text becomes the token ids that a reward model scores.
+    """How texts become the token ids that a reward model scores.
 
     Attributes:
-        tokenizer: Its tokens.
+        answers: How prompts with responses become token ids; a whole text is a response without a prompt.
         rule: What to do with too many of them; truncating keeps BOS and the end of the text.
-        add_eos: End with EOS.
-        bos: Begin with BOS, where the tokenizer has one.
     """
 
-    tokenizer: PreTrainedTokenizerBase
+    answers: AnswerEncoder
     rule: LengthRule
-    add_eos: bool = True
-    bos: bool = True
 
-    def join(self, prompt: list[int], response: list[int]) -> list[int]:
-        """Return BOS, prompt, response and EOS."""
-        ids = prompt + response
-        ids = with_bos(self.tokenizer, ids) if self.bos else ids
-        return with_eos(self.tokenizer, ids) if self.add_eos else ids
+    def cut(self, text: EncodedText) -> EncodedText:
+        """Return the text within the limit: BOS and its end."""
+        return text.end(self.rule.room, self.answers.tokenizer.bos_token_id)
 
-    def cut(self, ids: list[int]) -> list[int]:
-        """Return the ids within the limit: BOS and the end of the text."""
-        return ids if self.rule.room is None else keep_end(ids, self.rule.room, self.tokenizer.bos_token_id)
+    def whole(self, texts: Sequence[str], where: Sequence[str], problems: Problems) -> list[EncodedText]:
+        """Return whole texts, of any length; empty for an empty one."""
+        return self.answers.answers([("", text) for text in texts], where, problems)
 
     def __call__(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the ids of whole texts, cut to the limit."""
-        return [self.cut(self.join([], ids)) for ids in encode_texts(self.tokenizer, texts)]
+        problems = Problems("texts")
+        return [self.cut(text).ids for text in self.whole(texts, [""] * len(texts), problems)]
 
 
 class PairDataset(Dataset[EncodedPreference]):
     """Positive-over-negative pairs drawn anew in each epoch, the same on every rank.
 
     Args:
-        positive: Token ids of the positive texts.
-        negative: Token ids of the negative texts.
+        positive: The positive texts.
+        negative: The negative texts.
         pairs: How many pairs make an epoch.
         seed: Of the draw, with the epoch and the index.
         epoch: Gives the number of the epoch.
@@ -115,8 +130,8 @@ class PairDataset(Dataset[EncodedPreference]):
 
     def __init__(
         self,
-        positive: Sequence[list[int]],
-        negative: Sequence[list[int]],
+        positive: Sequence[EncodedText],
+        negative: Sequence[EncodedText],
         pairs: int,
         seed: int,
         epoch: Callable[[], int] | int = 0,
@@ -172,30 +187,35 @@ def read_labelled(rows: Sequence[Row], problems: Problems) -> list[LabelledText]
     ]
 
 
-def encode_preferences(examples: Sequence[Preference], encoder: TextEncoder, source: str) -> list[EncodedPreference]:
-    """Tokenise both texts of each pair, the prompt and the responses apart.
+def encode_preferences(
+    examples: Sequence[Preference], encoder: TextEncoder, dropped: Dropped
+) -> list[EncodedPreference]:
+    """Tokenise both texts of each pair.
 
     Returns:
         The pairs that stay, in order: those with an empty text, two equal ones or too many tokens are left out, and
         counted.
 
     Raises:
-        DataError: If no pair stays, or one is too long and the rule is ``error``.
+        DataError: If no pair stays, or one is too long and the rule is ``error``, or the chat template refuses one or
+            is missing.
     """
-    columns = [[getattr(example, name) for example in examples] for name in ("prompt", "chosen", "rejected")]
-    encoded = [encode_texts(encoder.tokenizer, texts) for texts in columns]
-    report_lost_characters(encoder.tokenizer, sum(columns, []), sum(encoded, []), source)
-    kept, dropped, problems = [], Dropped(source, len(examples)), Problems(source)
-    for example, prompt, chosen, rejected in zip(examples, *encoded, strict=True):
-        if not chosen or not rejected:
+    kept, problems = [], Problems(dropped.source)
+    where = [example.where for example in examples]
+    sides = [
+        encoder.answers.answers([(x.prompt, x.chosen) for x in examples], where, problems),
+        encoder.answers.answers([(x.prompt, x.rejected) for x in examples], where, problems),
+    ]
+    problems.raise_if_any()
+    for example, chosen, rejected in zip(examples, *sides, strict=True):
+        if not chosen.ids or not rejected.ids:
             dropped.add("with an empty text")
             continue
-        whole = EncodedPreference(encoder.join(prompt, chosen), encoder.join(prompt, rejected), example.margin)
-        longest = max(len(whole.chosen), len(whole.rejected))
-        if not encoder.rule.keeps(longest, example.where, dropped, problems):
+        whole = EncodedPreference(chosen, rejected, example.margin)
+        if not encoder.rule.keeps(len(whole), example.where, dropped, problems):
             continue
-        pair = replace(whole, chosen=encoder.cut(whole.chosen), rejected=encoder.cut(whole.rejected))
-        if pair.chosen == pair.rejected:
+        pair = replace(whole, chosen=encoder.cut(chosen), rejected=encoder.cut(rejected))
+        if pair.chosen.ids == pair.rejected.ids:
             dropped.add("with the same tokens in both texts")
             continue
         kept.append(pair)
@@ -205,48 +225,47 @@ def encode_preferences(examples: Sequence[Preference], encoder: TextEncoder, sou
 
 
 def encode_labelled(
-    examples: Sequence[LabelledText], encoder: TextEncoder, source: str
-) -> tuple[list[LabelledText], list[list[int]]]:
+    examples: Sequence[LabelledText], encoder: TextEncoder, dropped: Dropped
+) -> tuple[list[LabelledText], list[EncodedText]]:
     """Tokenise labelled texts.
 
     Returns:
-        The texts that stay, in order, and the token ids of each; empty and too long ones are left out, and counted.
+        The texts that stay, in order, and their token ids; empty and too long ones are left out, and counted.
 
     Raises:
         DataError: If no text stays, only one of the two labels is there, or one is too long and the rule is ``error``.
     """
-    encoded = encode_texts(encoder.tokenizer, [example.text for example in examples])
-    report_lost_characters(encoder.tokenizer, [example.text for example in examples], encoded, source)
-    kept, token_ids, dropped, problems = [], [], Dropped(source, len(examples)), Problems(source)
-    for example, ids in zip(examples, encoded, strict=True):
-        whole = encoder.join([], ids)
-        if not ids:
+    kept, encoded, problems = [], [], Problems(dropped.source)
+    wholes = encoder.whole([example.text for example in examples], [example.where for example in examples], problems)
+    for example, whole in zip(examples, wholes, strict=True):
+        if not whole.ids:
             dropped.add("with an empty text")
         elif encoder.rule.keeps(len(whole), example.where, dropped, problems):
             kept.append(example)
-            token_ids.append(encoder.cut(whole))
+            encoded.append(encoder.cut(whole))
     problems.raise_if_any()
     dropped.report()
     positive = sum(example.positive for example in kept)
     if not 0 < positive < len(kept):
         raise DataError(
-            f"pairs need texts of both labels, but {source} has {positive:,} positive (1) and "
+            f"pairs need texts of both labels, but {dropped.source} has {positive:,} positive (1) and "
             f"{len(kept) - positive:,} negative (0) ones"
         )
-    return kept, token_ids
+    return kept, encoded
 
 
 def collate_preferences(examples: Sequence[EncodedPreference], fill: int) -> dict[str, dict[str, Tensor] | Tensor]:
     """Make one batch, each side padded on the right with the id ``fill``.
 
     Returns:
-        ``chosen`` and ``rejected``, each with ``input_ids`` Long[B, T] and ``attention_mask`` Bool[B, T], True on
-        tokens (T differs between the two), and ``margin`` Float[B] where the rows have one.
+        ``chosen`` and ``rejected``, each with ``input_ids`` Long[B, T], ``attention_mask`` Bool[B, T], True on tokens,
+        and ``loss_mask`` Bool[B, T], True on the response and its EOS (T differs between the two); and ``margin``
+        Float[B] where the rows have one.
     """
-    batch: dict[str, dict[str, Tensor] | Tensor] = {}
-    for side in ("chosen", "rejected"):
-        input_ids, attention_mask = pad_batch([getattr(example, side) for example in examples], fill)
-        batch[side] = {"input_ids": input_ids, "attention_mask": attention_mask}
+    batch: dict[str, dict[str, Tensor] | Tensor] = {
+        side: collate_instructions([getattr(example, side) for example in examples], fill)
+        for side in ("chosen", "rejected")
+    }
     margins = [example.margin for example in examples if example.margin is not None]
     if len(margins) == len(examples):
         batch["margin"] = torch.tensor(margins, dtype=torch.float32)

@@ -2,35 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, TypedDict
 
-from lightning_hybrid.data.checking import Dropped, Problems, notice, report_lost_characters, text_field
-from lightning_hybrid.data.tokenizing import LengthRule, encode_texts, keep_end, with_bos
+from lightning_hybrid.data.checking import Dropped, Problems, notice, text_field
+from lightning_hybrid.data.conversation import Text, identity_of
+from lightning_hybrid.data.encoding import AnswerEncoder
+from lightning_hybrid.data.tokenizing import LengthRule, keep_end
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
     from lightning_hybrid.data.reading import Row
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt and where it was read."""
+    """A prompt, where it was read, and the other columns of its row, such as the right answer."""
 
-    text: str
+    text: Text
     where: str
+    fields: Mapping[str, object] = field(default_factory=dict)
 
     @property
     def identity(self) -> str:
         """What decides on which side of a validation split the row falls."""
-        return self.text
+        return identity_of(self.text)
 
 
 @dataclass(frozen=True)
 class EncodedPrompt:
-    """Token ids of BOS and prompt, the text, and the prompt's place in its data set.
+    """Token ids of BOS and prompt, the text, the prompt's place in its data set, and the other columns of its row.
 
     Example:
         ``EncodedPrompt(ids=[1, 40, 41], text="mia visits", index=7)``
@@ -39,80 +40,94 @@ class EncodedPrompt:
     ids: list[int]
     text: str
     index: int
+    fields: Mapping[str, object] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        """Tokens of the prompt."""
+        return len(self.ids)
 
 
 class PromptBatch(TypedDict):
     """B prompts, unpadded: on which side to pad is decided by the rollout.
 
+    ``prompts`` are texts; of a conversation, what the chat template makes of it, without BOS. ``fields`` are the other
+    columns of the rows, one value for each prompt, None where a row has none.
+
     Example:
-        ``{"prompt_ids": [[1, 40, 41], [1, 42]], "prompts": ["mia visits", "tom"], "index": [7, 2]}``
+        ``{"prompt_ids": [[1, 40, 41], [1, 42]], "prompts": ["mia visits", "tom"], "index": [7, 2],
+        "fields": {"answer": ["the farm", "the market"]}}``
     """
 
     prompt_ids: list[list[int]]
     prompts: list[str]
     index: list[int]
+    fields: dict[str, list[object]]
 
 
-def read_prompts(rows: Sequence[Row], prompt_key: str, first_words: int | None, problems: Problems) -> list[Prompt]:
-    """Take the prompt out of each row, noting the rows that lack it.
+def read_prompts(rows: Sequence[Row], prompt_key: str, problems: Problems) -> list[Prompt]:
+    """Take the prompt out of each row, noting the rows that lack it; the other columns are the prompt's fields."""
+    return [
+        Prompt(
+            text_field(row, prompt_key, problems),
+            row.where,
+            {name: value for name, value in row.fields.items() if name != prompt_key},
+        )
+        for row in rows
+    ]
 
-    Args:
-        rows: What was read.
-        prompt_key: The prompt's name in a row.
-        first_words: Cut each prompt to that many words (split at white space) and keep each result once. ``None``
-            keeps the texts, repeated ones too.
-        problems: Where problems are noted.
+
+def cut_to_first_words(examples: Sequence[Prompt], words: int, problems: Problems) -> list[Prompt]:
+    """Cut each prompt to its first words (split at white space) and keep each result once.
 
     Returns:
-        The prompts in order; how many repeated ones were left out is logged.
+        The prompts in order; how many repeated ones were left out is logged. Conversations are noted as problems.
     """
-    texts = [text_field(row, prompt_key, problems) for row in rows]
-    if first_words is None:
-        return [Prompt(text, row.where) for text, row in zip(texts, rows, strict=True)]
     unique: dict[str, Prompt] = {}
-    for text, row in zip(texts, rows, strict=True):
-        cut = " ".join(text.split()[:first_words])
-        unique.setdefault(cut, Prompt(cut, row.where))
-    if len(unique) < len(rows):
-        repeated = len(rows) - len(unique)
-        notice(f"{repeated:,} of {len(rows):,} prompts of {problems.source} dropped: repeated after first_words")
+    for example in examples:
+        if not isinstance(example.text, str):
+            problems.add(example.where, "first_words cuts plain text, and this prompt is a conversation: unset it")
+            continue
+        cut = " ".join(example.text.split()[:words])
+        unique.setdefault(cut, replace(example, text=cut))
+    if len(unique) < len(examples) and not problems.found:
+        repeated = len(examples) - len(unique)
+        notice(f"{repeated:,} of {len(examples):,} prompts of {problems.source} dropped: repeated after first_words")
     return list(unique.values())
 
 
 def encode_prompts(
-    examples: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase, rule: LengthRule, source: str, *, bos: bool = True
+    examples: Sequence[Prompt], encoder: AnswerEncoder, rule: LengthRule, dropped: Dropped
 ) -> list[EncodedPrompt]:
     """Tokenise prompts.
 
     Args:
         examples: The texts.
-        tokenizer: Its tokens.
+        encoder: How they become token ids; turns end with the words that open the assistant's answer.
         rule: What to do with prompts that leave too little room for ``rule.reserve`` new tokens; truncating keeps BOS
             and the end of the prompt.
-        source: File names, for messages.
-        bos: Begin with BOS, where the tokenizer has one.
+        dropped: Counts the rows that are left out.
 
     Returns:
         The prompts that stay, in order; empty ones are left out, and counted.
 
     Raises:
-        DataError: If no prompt stays, or one is too long and ``rule.too_long`` is ``error``.
+        DataError: If no prompt stays, or one is too long and ``rule.too_long`` is ``error``, or the chat template
+            refuses one or is missing.
     """
-    texts = [example.text for example in examples]
-    encoded = encode_texts(tokenizer, texts)
-    report_lost_characters(tokenizer, texts, encoded, source)
-    kept: list[EncodedPrompt] = []
-    dropped, problems = Dropped(source, len(examples)), Problems(source)
-    for example, ids in zip(examples, encoded, strict=True):
+    tokenizer, kept, problems = encoder.tokenizer, list[EncodedPrompt](), Problems(dropped.source)
+    encoded, texts = encoder.prompts(
+        [example.text for example in examples], [example.where for example in examples], problems
+    )
+    problems.raise_if_any()
+    for example, ids, text in zip(examples, encoded, texts, strict=True):
         if not ids:
             dropped.add("with an empty prompt")
             continue
-        ids = with_bos(tokenizer, ids) if bos else ids
         if rule.keeps(len(ids), example.where, dropped, problems):
             cut = ids if rule.room is None else keep_end(ids, rule.room, tokenizer.bos_token_id)
             # A reward judges what the policy was shown.
-            text = example.text if len(cut) == len(ids) else str(tokenizer.decode(cut, skip_special_tokens=True))
-            kept.append(EncodedPrompt(cut, text, len(kept)))
+            shown = text if len(cut) == len(ids) else str(tokenizer.decode(cut, skip_special_tokens=True))
+            kept.append(EncodedPrompt(cut, shown, len(kept), example.fields))
     problems.raise_if_any()
     dropped.report()
     return kept
@@ -120,8 +135,10 @@ def encode_prompts(
 
 def collate_prompts(examples: Sequence[EncodedPrompt]) -> PromptBatch:
     """Make one batch of lists; see `PromptBatch`."""
+    names = dict.fromkeys(name for example in examples for name in example.fields)
     return {
         "prompt_ids": [example.ids for example in examples],
         "prompts": [example.text for example in examples],
         "index": [example.index for example in examples],
+        "fields": {name: [example.fields.get(name) for example in examples] for name in names},
     }

@@ -10,11 +10,16 @@ from lightning_hybrid.errors import DataError
 
 
 class Identified(Protocol):
-    """An example with a text that identifies it."""
+    """An example with a text that identifies it, and the place that it was read from."""
 
     @property
     def identity(self) -> str:
         """The text."""
+        ...
+
+    @property
+    def where(self) -> str:
+        """``file:line`` of its row."""
         ...
 
 
@@ -40,14 +45,23 @@ def split_by_hash(examples: Sequence[Example], fraction: float, source: str) -> 
     """
     sides: tuple[list[Example], list[Example]] = ([], [])
     for example in examples:
-        sides[_unit_hash(example.identity) < fraction].append(example)
-    training, validation = sides
+        sides[is_held_out(example, fraction)].append(example)
+    refuse_empty_side(len(sides[0]), len(sides[1]), fraction, source)
+    return sides
+
+
+def is_held_out(example: Identified, fraction: float) -> bool:
+    """Whether an example is for validation."""
+    return _unit_hash(example.identity) < fraction
+
+
+def refuse_empty_side(training: int, validation: int, fraction: float, source: str) -> None:
+    """Raise a `DataError` where a split leaves no rows for one of the two."""
     if not training or not validation:
         raise DataError(
-            f"validation_fraction {fraction} leaves {len(training)} rows for training and {len(validation)} for "
-            f"validation of the {len(examples)} in {source}: both need one; change it, or set validation_path"
+            f"validation_fraction {fraction} leaves {training} rows for training and {validation} for "
+            f"validation of the {training + validation} in {source}: both need one; change it, or set validation_path"
         )
-    return training, validation
 
 
 def _unit_hash(text: str) -> float:

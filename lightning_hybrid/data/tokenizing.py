@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -25,6 +26,26 @@ def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> li
     # verbose=False: the tokenizer's own remark on length knows nothing of max_length
     encoded = tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
     return [list(ids) for ids in encoded]
+
+
+def encode_segments(tokenizer: PreTrainedTokenizerBase, texts: Sequence[Sequence[str]]) -> list[list[list[int]]]:
+    """Return the token ids of texts that come in segments, so that each border lies between two tokens.
+
+    A segment gets the tokens that it has behind the one before it, where that one keeps its own there, and otherwise
+    those that it has alone. So a prompt's tokens are the same whatever answer follows, as when the answer is sampled.
+    """
+    alone = iter(encode_texts(tokenizer, [text for segments in texts for text in segments]))
+    pairs = [before + after for segments in texts for before, after in pairwise(segments)]
+    joint = iter(encode_texts(tokenizer, pairs))
+    encoded = []
+    for segments in texts:
+        own = [next(alone) for _ in segments]
+        ids = own[:1]
+        for before, after in pairwise(own):
+            both = next(joint)
+            ids.append(both[len(before) :] if both[: len(before)] == before else after)
+        encoded.append(ids)
+    return encoded
 
 
 def with_bos(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[int]:
@@ -111,3 +132,9 @@ def pad_batch(sequences: Sequence[Sequence[int]], fill: int) -> tuple[Tensor, Te
     input_ids = torch.tensor([[*ids, *[fill] * (width - len(ids))] for ids in sequences], dtype=torch.long)
     lengths = torch.tensor([len(ids) for ids in sequences])
     return input_ids, torch.arange(width) < lengths[:, None]
+
+
+def pad_masks(masks: Sequence[Sequence[bool]]) -> Tensor:
+    """Pad masks on the right with False, as :func:`pad_batch` pads their ids; Bool[B, T]."""
+    width = max(len(mask) for mask in masks)
+    return torch.tensor([[*mask, *[False] * (width - len(mask))] for mask in masks], dtype=torch.bool)

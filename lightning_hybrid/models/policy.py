@@ -48,7 +48,12 @@ class Policy(nn.Module):
         return base_of(self.model).config
 
     def forward(
-        self, input_ids: Tensor, attention_mask: Tensor, positions: Tensor, temperature: float = 1.0
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        positions: Tensor,
+        temperature: float = 1.0,
+        position_ids: Tensor | None = None,
     ) -> PolicyOutput:
         """Score the tokens at ``positions``.
 
@@ -57,11 +62,13 @@ class Policy(nn.Module):
             attention_mask: ``[batch, time]`` bool, True for real tokens; padding may be on either side.
             positions: ``[batch, time]`` bool, True for the tokens to score. Column 0 has no past and may not be True.
             temperature: the logits are divided by it.
+            position_ids: ``[batch, time]`` long, of rows that hold several texts: from 0 in each, 0 on padding. Then no
+                text sees another, and the first token of none has a past. See :func:`run_packed`.
 
         Returns:
             Log-probs and entropies, zero where ``positions`` is False.
         """
-        hidden = run_trunk(self.model, input_ids, attention_mask, self._extra)
+        hidden = run_trunk(self.model, input_ids, attention_mask, self._extra, position_ids)
         asked = positions[:, 1:]
         flat_hidden, targets = hidden[:, :-1][asked], input_ids[:, 1:][asked]
         logprobs, entropy = self.score_hidden(flat_hidden, targets, temperature)
@@ -112,11 +119,19 @@ def extra_arguments(model: Any) -> frozenset[str]:
     return frozenset({"position_ids", "use_cache"} & set(accepted))
 
 
-def run_trunk(model: Any, input_ids: Tensor, attention_mask: Tensor, extra: frozenset[str]) -> Tensor:
+def run_trunk(
+    model: Any,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    extra: frozenset[str],
+    position_ids: Tensor | None = None,
+) -> Tensor:
     """Run a model without its head; ``[batch, time, width]`` last hidden states.
 
-    Positions count real tokens only, so that left padding does not shift them.
+    Positions count real tokens only, so that left padding does not shift them; or they are those of packed texts.
     """
+    if position_ids is not None:
+        return run_packed(model, input_ids, position_ids, extra)
     arguments: dict[str, Any] = {}
     if "position_ids" in extra:
         arguments["position_ids"] = (attention_mask.long().cumsum(-1) - 1).clamp_min(0)
@@ -125,6 +140,33 @@ def run_trunk(model: Any, input_ids: Tensor, attention_mask: Tensor, extra: froz
     output = base_of(model).base_model(input_ids=input_ids, attention_mask=attention_mask.long(), **arguments)
     hidden: Tensor = output.last_hidden_state
     return hidden
+
+
+def reads_positions_of_one_row(config: Any) -> bool:
+    """Whether the attention is Flash attention, which finds packed texts only in a batch of one row."""
+    return "flash" in str(config._attn_implementation)
+
+
+def run_packed(model: Any, input_ids: Tensor, position_ids: Tensor, extra: frozenset[str]) -> Tensor:
+    """Run a model without its head over packed rows; ``[batch, time, width]`` last hidden states.
+
+    Transformers tells the texts of a row apart by the positions, which begin again with each, where it is given no
+    attention mask: it masks all else for SDPA and eager attention, sliding windows included. Flash attention is given
+    one long row instead: it reads positions only of a batch of one, and takes nothing for rows that it may not see.
+
+    Args:
+        model: a causal LM that keeps texts apart by their positions.
+        input_ids: ``[batch, time]`` long.
+        position_ids: ``[batch, time]`` long, from 0 in each text, 0 on padding.
+        extra: which optional arguments the model's trunk understands.
+    """
+    base, shape = base_of(model), input_ids.shape
+    if reads_positions_of_one_row(base.config):
+        input_ids, position_ids = input_ids.reshape(1, -1), position_ids.reshape(1, -1)
+    cache = {"use_cache": False} if "use_cache" in extra else {}
+    output = base.base_model(input_ids=input_ids, position_ids=position_ids, attention_mask=None, **cache)
+    hidden: Tensor = output.last_hidden_state
+    return hidden.reshape(*shape, -1)
 
 
 def head_logits(model: Any, hidden: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ def all_prompts(module):
 def test_a_batch_is_lists_of_ids_texts_and_places(write, tokenizer):
     module = PromptDataModule(write("a.jsonl", ROWS), tokenizer=tokenizer, batch_size=3)
     (batch,) = module.train_dataloader()
-    assert set(batch) == {"prompt_ids", "prompts", "index"}
+    assert set(batch) == {"prompt_ids", "prompts", "index", "fields"}
     assert [ROWS[index]["prompt"] for index in batch["index"]] == batch["prompts"]
     assert [tokenizer.decode(ids) for ids in batch["prompt_ids"]] == [f"<bos> {text}" for text in batch["prompts"]]
 

@@ -98,7 +98,7 @@ def test_a_given_collector_gets_the_problems_and_the_good_rows_come_back(write):
         ("a.txt", b"fine\ncaf\xe9\n", {}, "line 2 is not utf-8: byte 0xe9 .* set encoding, for example latin-1"),
         ("a.txt", "x", {"encoding": "utf-9"}, "unknown text encoding 'utf-9'"),
         ("a.txt", "x", {"encoding": "rot13"}, "unknown text encoding 'rot13'"),
-        ("a.txt", "x", {"format": "parquet"}, "unknown format 'parquet'; known are auto, jsonl"),
+        ("a.txt", "x", {"format": "xml"}, "unknown format 'xml'; known are auto, jsonl"),
         ("a.pos", "x", {}, "cannot be told from the ending '.pos'; set format to one of jsonl"),
         ("a.txt", "good film\n", {"format": "labelled_lines"}, "a.txt:1: expected 'label text'.*found 'good film'"),
         ("a.jsonl.gz", b"not gzip", {}, "cannot be read: Not a gzipped file"),

@@ -1,0 +1,128 @@
+"""What data modules of prompts and answers share: chat templates, and batches of like length."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import TYPE_CHECKING, Any, TypeVar, Unpack, get_args
+
+from torch.utils.data import DataLoader
+
+from lightning_hybrid.data.balancing import LikeLengths, lengths_of
+from lightning_hybrid.data.base import CommonArguments, Paths, TextDataModule, check_choice
+from lightning_hybrid.data.checking import Dropped
+from lightning_hybrid.data.encoding import AnswerEncoder
+from lightning_hybrid.data.splitting import Identified
+from lightning_hybrid.data.templates import SystemTurns, use_template
+from lightning_hybrid.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Sized
+
+    from transformers import PreTrainedTokenizerBase
+
+Example = TypeVar("Example", bound=Identified)
+
+
+class ChatArguments(CommonArguments, total=False):
+    """The common arguments, and those of :class:`ChatDataModule`."""
+
+    template: str | None
+    chat: bool
+    system: SystemTurns
+    bos: bool
+
+
+class AnswerArguments(ChatArguments, total=False):
+    """The arguments of :class:`ChatDataModule`, and those of :class:`AnswerDataModule`."""
+
+    add_eos: bool
+    balance: bool
+
+
+class ChatDataModule(TextDataModule[Example]):
+    """Rows that may be conversations, which a chat template makes text of.
+
+    Args:
+        path: As all common arguments: see `InstructionDataModule`.
+        template: Name of a shipped chat template (``chatml``, ``plain``) or of a jinja file, which the tokenizer then
+            keeps; ``None`` for the tokenizer's own.
+        chat: Make one user turn of each plain prompt too, and one assistant turn of its answer.
+        system: ``keep`` gives the template system turns as they are; ``merge`` puts a first system turn in front of
+            the user's first words, for templates that refuse the role.
+        bos: Begin plain texts with BOS, where the tokenizer has one; of conversations the template decides.
+    """
+
+    def __init__(
+        self,
+        path: Paths,
+        *,
+        template: str | None = None,
+        chat: bool = False,
+        system: SystemTurns = "keep",
+        bos: bool = True,
+        **common: Unpack[CommonArguments],
+    ) -> None:
+        super().__init__(path, **common)
+        check_choice("system", system, get_args(SystemTurns))
+        self.template = template
+        self.chat = chat
+        self.system: SystemTurns = system
+        self.bos = bos
+        self._has_template = False
+
+    def _tokens(self) -> PreTrainedTokenizerBase:
+        tokenizer = super()._tokens()
+        if self.template is not None and not self._has_template:
+            use_template(tokenizer, self.template)
+            self._has_template = True
+        return tokenizer
+
+    def _answers(self, *, add_eos: bool = True) -> AnswerEncoder:
+        return AnswerEncoder(self._tokens(), add_eos, self.bos, self.chat, self.system)
+
+    def _count_dropped(self, source: str, examples: Sized) -> Dropped:
+        self.dropped.append(Dropped(source, len(examples)))
+        return self.dropped[-1]
+
+    def _shape(self) -> dict[str, Any]:
+        template = str(self._tokens().chat_template or "")
+        return super()._shape() | {"chat_template": hashlib.sha256(template.encode()).hexdigest() if template else None}
+
+
+class AnswerDataModule(ChatDataModule[Example]):
+    """Rows with answers that are learned.
+
+    Args:
+        path: As all common arguments: see `InstructionDataModule`.
+        add_eos: End answers with EOS; those of conversations where the template ends them with no special token.
+        balance: Train on batches of texts of like length, in an order drawn anew in each epoch: less padding, and
+            ranks that take equally long.
+    """
+
+    def __init__(
+        self, path: Paths, *, add_eos: bool = True, balance: bool = False, **common: Unpack[ChatArguments]
+    ) -> None:
+        super().__init__(path, **common)
+        if balance and self.mix is not None:
+            raise ConfigError("balance and mix both decide the order of training: unset one of them")
+        self.add_eos = add_eos
+        self.balance = balance
+
+    def _loader(self, dataset: Any, *, training: bool) -> DataLoader[Any]:
+        if not (training and self.balance):
+            return super()._loader(dataset, training=training)
+        trainer = self.trainer
+        ranks, rank = (1, 0) if trainer is None else (trainer.world_size, trainer.global_rank)
+        return DataLoader(
+            dataset,
+            batch_size=self.batch_size,
+            sampler=LikeLengths(lengths_of(dataset), self.batch_size, self.seed, self._epoch, ranks, rank),
+            num_workers=self.num_workers,
+            collate_fn=self._collator(),
+            drop_last=self._drop_last,
+        )
+
+    def _refuse_streaming(self) -> None:
+        super()._refuse_streaming()
+        if self.balance:
+            raise ConfigError("balance needs the length of every row, which streaming does not know: unset one of them")

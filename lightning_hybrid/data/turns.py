@@ -1,0 +1,108 @@
+"""Turns of a conversation, as data sets write them: who says what, under names that differ."""
+
+from __future__ import annotations
+
+import json
+import reprlib
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from lightning_hybrid.data.checking import Problems, surrogate_problem, text_field
+from lightning_hybrid.data.conversation import Role, Text, Turn, leading_system
+
+if TYPE_CHECKING:
+    from lightning_hybrid.data.reading import Row
+
+ROLES: dict[str, Role] = {
+    "system": "system",
+    "developer": "system",
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "function_call": "assistant",
+    "tool": "tool",
+    "function": "tool",
+    "function_response": "tool",
+    "observation": "tool",
+}
+
+
+def turns_field(row: Row, key: str, problems: Problems) -> tuple[Turn, ...]:
+    """Return the turns under ``key``: a list of objects, or a single one; what is wrong with them is noted.
+
+    An object says who speaks as ``role`` or ``from`` and what as ``content`` or ``value``. A content may be a list of
+    parts, of which each is text.
+    """
+    items = _items(row.fields.get(key))
+    if not items:
+        problems.add(row.where, f"{key!r} must be a list of turns, found {reprlib.repr(row.fields.get(key))}")
+        return ()
+    found: list[Turn] = []
+    for number, item in enumerate(items, start=1):
+        turn = _turn(item)
+        if isinstance(turn, str):
+            problems.add(row.where, f"turn {number} of {key!r}: {turn}")
+        else:
+            found.append(turn)
+    return tuple(found) if len(found) == len(items) else ()
+
+
+def text_or_turns(row: Row, key: str, problems: Problems) -> Text:
+    """Return the text or the turns under ``key``, noting what is neither."""
+    if isinstance(row.fields.get(key), list | tuple):
+        return turns_field(row, key, problems)
+    return text_field(row, key, problems)
+
+
+def with_system(row: Row, text: Text, problems: Problems) -> Text:
+    """Put the columns ``system`` and ``tools``, where the row has them, in front as what the system says."""
+    parts = [part for key in ("system", "tools") if (part := _instruction(row, key, problems)).strip()]
+    if not parts:
+        return text
+    if not isinstance(text, str) and text and text[0].role == "system":
+        parts, text = [text[0].content, *parts], text[1:]
+    return leading_system(text, "\n\n".join(parts))
+
+
+def _instruction(row: Row, key: str, problems: Problems) -> str:
+    value = row.fields.get(key)
+    if value is None:
+        return ""
+    if key == "tools" and isinstance(value, list | dict):
+        return json.dumps(value, ensure_ascii=False) if value else ""
+    return text_field(row, key, problems)
+
+
+def _items(value: object) -> Sequence[object]:
+    """The turns of a list, of a single one, or of columns of equal length, as Arrow files may hold them."""
+    if isinstance(value, Mapping):
+        columns = list(value.values())
+        if columns and all(isinstance(column, list) for column in columns):
+            return [dict(zip(value, items, strict=False)) for items in zip(*columns, strict=False)]
+        return [value]
+    return value if isinstance(value, list | tuple) else []
+
+
+def _turn(item: object) -> Turn | str:
+    """A turn, or what is wrong with it."""
+    if not isinstance(item, Mapping):
+        return f"expected an object with role and content, found {reprlib.repr(item)}"
+    speaker = item.get("role", item.get("from"))
+    role = ROLES.get(speaker.lower()) if isinstance(speaker, str) else None
+    if role is None:
+        return f"must say who speaks, as 'role' or 'from': {', '.join(ROLES)}; found {reprlib.repr(speaker)}"
+    content = _content(item.get("content", item.get("value")))
+    if content is None:
+        return f"'content' or 'value' must be text, found {reprlib.repr(dict(item))}"
+    return surrogate_problem(content) or Turn(role, content)
+
+
+def _content(value: object) -> str | None:
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, list):
+        return None
+    parts = [part.get("text") if isinstance(part, Mapping) else None for part in value]
+    texts = [part for part in parts if isinstance(part, str)]
+    return "".join(texts) if len(texts) == len(parts) and parts else None

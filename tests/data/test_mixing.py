@@ -1,0 +1,138 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from lightning.fabric.utilities.distributed import DistributedSamplerWrapper
+
+from lightning_hybrid.checkpoint import ResumableLoader
+from lightning_hybrid.data import PromptDataModule
+from lightning_hybrid.data.mixing import WINDOW, Order
+from lightning_hybrid.errors import ConfigError
+
+MIA = [{"prompt": f"mia visits {'the ' * n}"} for n in range(1, 21)]
+TOM = [{"prompt": f"tom leaves {'the ' * n}"} for n in range(1, 11)]
+
+
+def mixed(write: Any, tokenizer: Any, **arguments: Any) -> PromptDataModule:
+    paths = [write("mia.jsonl", MIA), write("tom.jsonl", TOM)]
+    return PromptDataModule(paths, **({"tokenizer": tokenizer, "batch_size": 5, "mix": [0.8, 0.2]} | arguments))
+
+
+def prompts(batches: Any) -> list[str]:
+    return [text for batch in batches for text in batch["prompts"]]
+
+
+def test_sources_are_drawn_with_their_shares() -> None:
+    order = Order([[3000], [7000]], [0.7, 0.3], seed=1, epoch=lambda: 0)
+    # 10,000 draws: the count of the first has a standard deviation of sqrt(10000 · 0.7 · 0.3) = 46
+    assert abs(int((torch.tensor(list(order)) < 3000).sum()) - 7000) < 200
+
+
+def test_a_source_gives_every_row_once_before_any_twice() -> None:
+    order = torch.tensor(list(Order([[100], [900]], [0.5, 0.5], seed=1, epoch=lambda: 0)))
+    small = order[order < 100]
+    assert 350 < len(small) < 650
+    for begin in range(0, len(small) // 100 * 100, 100):
+        assert sorted(small[begin : begin + 100].tolist()) == list(range(100))
+    large = order[order >= 100]
+    assert len(set(large.tolist())) == len(large)
+
+
+def test_shares_need_not_sum_to_one() -> None:
+    assert list(Order([[30], [70]], [7, 3], 0, lambda: 2)) == list(Order([[30], [70]], [0.7, 0.3], 0, lambda: 2))
+
+
+def test_the_order_depends_on_seed_and_epoch_alone() -> None:
+    def order(seed: int, epoch: int) -> list[int]:
+        return list(Order([[30], [70]], [0.7, 0.3], seed, lambda: epoch))
+
+    torch.manual_seed(1)
+    first = order(0, 0)
+    torch.manual_seed(2)
+    assert order(0, 0) == first
+    assert order(0, 1) != first
+    assert order(1, 0) != first
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_ranks_are_dealt_the_order_of_one_process(ranks: int) -> None:
+    def order() -> Order:
+        return Order([[30], [60]], [0.7, 0.3], 0, lambda: 1)
+
+    shares = [
+        list(DistributedSamplerWrapper(order(), num_replicas=ranks, rank=rank, shuffle=False)) for rank in range(ranks)
+    ]
+    assert [index for turn in zip(*shares, strict=True) for index in turn] == list(order())
+
+
+def test_blocks_are_read_a_few_at_a_time_and_every_row_once() -> None:
+    sizes = [10] * 20
+    order = list(Order([sizes], None, seed=0, epoch=lambda: 0))
+    assert sorted(order) == list(range(200))
+    windows = [{index // 10 for index in order[i : i + 10 * WINDOW]} for i in range(0, 200, 10 * WINDOW)]
+    assert [len(window) for window in windows] == [WINDOW] * (20 // WINDOW)
+    assert order[:10] != sorted(order[:10])
+
+
+def test_batches_hold_both_sources_and_prompts_their_own_index(write: Any, tokenizer: Any) -> None:
+    module = mixed(write, tokenizer)
+    batches = list(module.train_dataloader())
+    assert len(prompts(batches)) == 30
+    names = {index: text for batch in batches for index, text in zip(batch["index"], batch["prompts"], strict=True)}
+    rows = [*MIA, *TOM]
+    assert all(text == rows[index]["prompt"] for index, text in names.items())
+    assert {text.split()[0] for text in names.values()} == {"mia", "tom"}
+
+
+def test_what_is_mixed_is_said_with_its_counts(write: Any, tokenizer: Any, caplog: pytest.LogCaptureFixture) -> None:
+    module = mixed(write, tokenizer)
+    with caplog.at_level("INFO", logger="lightning_hybrid"):
+        drawn = prompts(module.train_dataloader())
+    (said,) = [record.getMessage() for record in caplog.records if record.getMessage().startswith("mixing")]
+    mia = sum(text.startswith("mia") for text in drawn)
+    assert said.startswith(f"mixing 80.0% {module.path[0]} ({mia} of an epoch's 30 draws, 20 rows, each {mia / 20:.2f}")
+    assert f"20.0% {module.path[1]} ({30 - mia} of an epoch's 30 draws, 10 rows" in said
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_run_goes_on_in_the_middle_of_an_epoch_of_mixed_sources(write: Any, tokenizer: Any, streaming: bool) -> None:
+    loader = ResumableLoader(mixed(write, tokenizer, streaming=streaming).train_dataloader())
+    batches = iter(loader)
+    done = [next(batches) for _ in range(2)]
+    position = loader.position(finished=True)
+    rest = prompts(batches)
+    torch.rand(5)
+    again = ResumableLoader(mixed(write, tokenizer, streaming=streaming).train_dataloader())
+    again.resume_at(position)
+    assert prompts(again) == rest
+    assert len(prompts(done)) + len(rest) == 30
+
+
+def test_a_held_out_row_of_a_mixture_is_never_trained_on(write: Any, tokenizer: Any) -> None:
+    module = mixed(write, tokenizer, validation_fraction=0.3, batch_size=1)
+    held_out = set(prompts(module.val_dataloader()))
+    assert held_out
+    assert held_out.isdisjoint(prompts(module.train_dataloader()))
+
+
+def test_the_limit_holds_for_each_source(write: Any, tokenizer: Any) -> None:
+    for streaming in (False, True):
+        module = mixed(write, tokenizer, limit=4, batch_size=1, mix=[1, 1], streaming=streaming)
+        assert set(prompts(module.train_dataloader())) <= {row["prompt"] for row in (*MIA[:4], *TOM[:4])}
+        assert len(module.train_dataloader()) == 8
+
+
+@pytest.mark.parametrize(
+    ("path", "mix", "message"),
+    [
+        ("a.jsonl", [0.5, 0.5], "mix needs one share for each path, each named once: 2 shares, path a.jsonl"),
+        (["a.jsonl", "a.jsonl"], [1, 1], "each named once"),
+        (["a.jsonl", "b.jsonl"], [1, 0], r"mix must be numbers above 0, found \[1, 0\]"),
+        (["a.jsonl", "b.jsonl"], [1, float("nan")], "mix must be numbers above 0"),
+    ],
+)
+def test_shares_that_do_not_fit_are_refused(path: Any, mix: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        PromptDataModule(path, mix=mix)
