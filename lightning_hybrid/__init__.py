@@ -13,21 +13,44 @@ from lightning_hybrid.errors import LightningHybridError
 from lightning_hybrid.strategy import EngineSpec, HybridDeepSpeedStrategy, register_strategies
 
 if TYPE_CHECKING:
-    from lightning_hybrid.config import PPOConfig, RewardConfig, RolloutConfig, SFTConfig
+    from lightning_hybrid.algorithms import (
+        CISPOConfig,
+        DAPOConfig,
+        DrGRPOConfig,
+        GRPOConfig,
+        GSPOConfig,
+        PPOConfig,
+        ReinforcePlusPlusBaselineConfig,
+        ReinforcePlusPlusConfig,
+        RLOOConfig,
+    )
+    from lightning_hybrid.config import DPOConfig, KTOConfig, RewardConfig, RolloutConfig, SFTConfig
     from lightning_hybrid.data import InstructionDataModule, PreferenceDataModule, PromptDataModule
     from lightning_hybrid.generation import Rollout, SamplingParams, generate
-    from lightning_hybrid.modules import PPOModule, RewardModule, SFTModule
+    from lightning_hybrid.modules import DPOModule, KTOModule, PPOModule, RewardModule, SFTModule
 
 register_strategies()
 
 __version__ = "0.1.0"
 
 _LAZY = {
+    "CISPOConfig": "algorithms",
+    "DAPOConfig": "algorithms",
+    "DPOConfig": "config",
+    "DPOModule": "modules",
+    "DrGRPOConfig": "algorithms",
+    "GRPOConfig": "algorithms",
+    "GSPOConfig": "algorithms",
     "InstructionDataModule": "data",
-    "PPOConfig": "config",
+    "KTOConfig": "config",
+    "KTOModule": "modules",
+    "PPOConfig": "algorithms",
     "PPOModule": "modules",
     "PreferenceDataModule": "data",
     "PromptDataModule": "data",
+    "RLOOConfig": "algorithms",
+    "ReinforcePlusPlusBaselineConfig": "algorithms",
+    "ReinforcePlusPlusConfig": "algorithms",
     "RewardConfig": "config",
     "RewardModule": "modules",
     "Rollout": "generation",
@@ -39,14 +62,26 @@ _LAZY = {
 }
 
 __all__ = [
+    "CISPOConfig",
+    "DAPOConfig",
+    "DPOConfig",
+    "DPOModule",
+    "DrGRPOConfig",
     "EngineSpec",
+    "GRPOConfig",
+    "GSPOConfig",
     "HybridDeepSpeedStrategy",
     "InstructionDataModule",
+    "KTOConfig",
+    "KTOModule",
     "LightningHybridError",
     "PPOConfig",
     "PPOModule",
     "PreferenceDataModule",
     "PromptDataModule",
+    "RLOOConfig",
+    "ReinforcePlusPlusBaselineConfig",
+    "ReinforcePlusPlusConfig",
     "RewardConfig",
     "RewardModule",
     "Rollout",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
 import warnings
@@ -16,6 +17,7 @@ from lightning.pytorch.loggers import Logger
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from lightning_hybrid.callbacks import (
+    EMA,
     Checkpoints,
     HFExport,
     History,
@@ -26,9 +28,19 @@ from lightning_hybrid.callbacks import (
 )
 from lightning_hybrid.checkpoint import newest_complete
 from lightning_hybrid.config import DataConfig, LoggerConfig, ModelConfig, Run, StrategyConfig
-from lightning_hybrid.errors import CheckpointError
-from lightning_hybrid.models import Policy, ScalarModel, build_policy, load_tokenizer, max_positions
+from lightning_hybrid.errors import CheckpointError, ConfigError
+from lightning_hybrid.models import (
+    Policy,
+    ScalarModel,
+    build_policy,
+    load_policy,
+    load_scalar,
+    load_tokenizer,
+    max_positions,
+    with_adapter,
+)
 from lightning_hybrid.modules import roles
+from lightning_hybrid.report import RunReport
 from lightning_hybrid.strategy import STRATEGIES, HybridDeepSpeedStrategy
 
 if TYPE_CHECKING:
@@ -41,15 +53,27 @@ def make_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
 
 
 def make_policy(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, chunk: int = 1024) -> Policy:
-    """A pretrained policy, or one with fresh weights, checked against its tokenizer.
+    """A pretrained policy, with an adapter if configured, or one with fresh weights, checked against its tokenizer.
 
     Raises:
         DataError: if the tokenizer has ids that the embedding has not.
-        ConfigError: if the model cannot be found.
+        ConfigError: if the model cannot be found, or has no place for the adapter.
     """
     if config.architecture is not None:
         return build_policy(config.architecture, len(tokenizer), chunk)
-    return roles.make_policy(str(config.path), tokenizer, chunk)
+    loaded = load_policy(str(config.path), chunk, config.adapter.quantize if config.adapter else None)
+    return with_adapter(roles.make_policy(loaded, tokenizer, chunk), config.adapter)
+
+
+def make_scalar(config: ModelConfig) -> ScalarModel:
+    """A reward model from a pretrained trunk, with an adapter if configured.
+
+    Raises:
+        ConfigError: if the model cannot be found, or has no place for the adapter.
+    """
+    if config.adapter is not None and config.adapter.quantize is not None:
+        raise ConfigError("model.adapter.quantize: only policies can be held in four bits; leave it out")
+    return with_adapter(load_scalar(str(config.path)), config.adapter)
 
 
 def data_arguments(
@@ -74,9 +98,11 @@ def make_trainer(run: Run, stage: str, export: HFExport, callbacks: Sequence[Cal
     """
     _quieten()
     folder = _checkpoints_folder(run) if run.trainer.enable_checkpointing else None
+    export.form = run.callbacks.export
     exports = [export] if run.callbacks.export_model else []
     # Those that stop a run come after those that finish what they do first.
-    own = [*_standard_callbacks(run, stage), *exports, *callbacks, StopOnSignal(folder)]
+    report = RunReport(run.output_dir, stage, run.model_dump(mode="json"))
+    own = [*_standard_callbacks(run, stage), *_averages(run, export), *exports, *callbacks, report, StopOnSignal(folder)]
     arguments = {name: value for name, value in run.trainer.model_dump().items() if value is not None}
     arguments.setdefault("max_epochs", -1)
     strategy = make_strategy(run.strategy)
@@ -89,6 +115,15 @@ def make_trainer(run: Run, stage: str, export: HFExport, callbacks: Sequence[Cal
         default_root_dir=run.output_dir,
         enable_model_summary=False,
     )
+
+
+def _averages(run: Run, export: HFExport) -> list[Callback]:
+    """The running average of what the recipe exports, where one is asked for; written beside it, in the same way."""
+    if run.callbacks.ema_decay is None:
+        return []
+    of_average = copy.copy(export)
+    of_average.folder = Path(run.output_dir) / "ema"
+    return [EMA(export.child, run.callbacks.ema_decay, of_average)]
 
 
 def make_strategy(config: StrategyConfig) -> HybridDeepSpeedStrategy:

@@ -38,6 +38,7 @@ def train_ppo(run: PPORun, stage: str = "ppo") -> Path:
         seed=run.seed,
         ptx=None if run.ptx.path is None else InstructionDataModule(**data_arguments(run.ptx, tokenizer, policy)),
         roles=run.roles,
+        critic_adapter=run.model.critic_adapter,
     )
     folder = Path(run.output_dir) / "model"
     samples = SampleLog(Path(run.output_dir) / "samples.jsonl")

@@ -12,7 +12,7 @@ from pathlib import Path
 import lightning as L
 import torch
 
-from lightning_hybrid.assemble import data_arguments, make_tokenizer, make_trainer, resolve_checkpoint
+from lightning_hybrid.assemble import data_arguments, make_scalar, make_tokenizer, make_trainer, resolve_checkpoint
 from lightning_hybrid.callbacks import HFExport
 from lightning_hybrid.config import RewardRun
 from lightning_hybrid.config.run import recipe_main
@@ -26,7 +26,7 @@ def train_reward(run: RewardRun, stage: str = "reward") -> Path:
     """Train and return the folder of the model."""
     L.seed_everything(run.seed, verbose=False)
     tokenizer = make_tokenizer(run.model)
-    model = load_scalar(str(run.model.path))
+    model = make_scalar(run.model)
     check_tokenizer(tokenizer, model.config.get_text_config().vocab_size)
     data = PreferenceDataModule(**data_arguments(run.data, tokenizer, model))
     folder = Path(run.output_dir) / "model"

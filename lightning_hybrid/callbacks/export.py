@@ -8,33 +8,73 @@ from typing import TYPE_CHECKING, Any
 import lightning as L
 from typing_extensions import override
 
-from lightning_hybrid.engines import gathered
+from lightning_hybrid.errors import ConfigError
+from lightning_hybrid.export import CardFacts, Form, export_model, reason_to_keep, refuse_form, refuse_to_replace
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
 class HFExport(L.Callback):
-    """Write a trained model and its tokenizer as a Hugging Face folder when training ends.
+    """Write a trained model, its tokenizer and a model card as a Hugging Face folder when training ends.
+
+    Whether that will be possible is asked before training begins. An earlier export in the folder is replaced when the
+    new one is complete; a folder that holds anything else is refused.
 
     Args:
-        folder: where to; overwritten.
+        folder: where to.
         child: name of the module's child to export, a :class:`~lightning_hybrid.models.Policy` or
             :class:`~lightning_hybrid.models.ScalarModel`.
         tokenizer: written beside the weights.
+        form: ``merged`` for a whole model, adapters added into its weights; ``adapter`` for the adapter only.
+
+    Raises:
+        ConfigError: when training begins, if the folder holds anything but an earlier export, or the model cannot be
+            exported so.
+        CheckpointError: when it ends, if the folder cannot be written.
     """
 
-    def __init__(self, folder: str | Path, child: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(
+        self, folder: str | Path, child: str, tokenizer: PreTrainedTokenizerBase, form: Form = "merged"
+    ) -> None:
         self.folder = Path(folder)
         self.child = child
         self.tokenizer = tokenizer
+        self.form: Form = form
+
+    @override
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if stage != "fit":
+            return
+        refuse_form(self._child(pl_module).model, self.form)
+        # One rank looks, and all hear: the others may not see the same folder.
+        reason = reason_to_keep(self.folder) if trainer.is_global_zero else None
+        refuse_to_replace(self.folder, trainer.strategy.broadcast(reason))
 
     @override
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Gather the weights where they are sharded, and write them on rank 0."""
-        wrapper: Any = pl_module.get_submodule(self.child)
-        with gathered(wrapper):
-            if trainer.is_global_zero:
-                wrapper.model.save_pretrained(self.folder)
-                self.tokenizer.save_pretrained(self.folder)
-        trainer.strategy.barrier("exported")
+        """Gather the weights a parameter at a time where they are sharded, and write them on rank 0."""
+        export_model(
+            self._child(pl_module), self.folder, self.tokenizer, self.form, _facts(trainer, self._child(pl_module))
+        )
+
+    def _child(self, module: L.LightningModule) -> Any:
+        try:
+            return module.get_submodule(self.child)
+        except AttributeError:
+            children = ", ".join(name for name, _ in module.named_children())
+            raise ConfigError(
+                f"cannot export {self.child!r}: the module has no such child; it has: {children}"
+            ) from None
+
+
+def _facts(trainer: L.Trainer, wrapper: Any) -> CardFacts:
+    """What the card says, asked of those who know."""
+    data: Any = getattr(trainer, "datamodule", None)
+    return CardFacts(
+        base=wrapper.config.name_or_path or None,
+        config=getattr(trainer.strategy, "run_config", None),
+        data=None if data is None else data.state_dict(),
+        metrics={name: float(value) for name, value in trainer.callback_metrics.items()},
+        step=trainer.global_step,
+    )

@@ -2,8 +2,27 @@
 
 from __future__ import annotations
 
-from lightning_hybrid.config.algorithm import OptimizerConfig, PPOConfig, RewardConfig, SFTConfig
-from lightning_hybrid.config.data import DataConfig, InstructionDataConfig, PreferenceDataConfig, PromptDataConfig
+from lightning_hybrid.algorithms import (
+    CISPOConfig,
+    DAPOConfig,
+    DrGRPOConfig,
+    GRPOConfig,
+    GSPOConfig,
+    OnlineConfig,
+    PPOConfig,
+    ReinforcePlusPlusBaselineConfig,
+    ReinforcePlusPlusConfig,
+    RLOOConfig,
+)
+from lightning_hybrid.config.adapters import AdapterConfig
+from lightning_hybrid.config.algorithm import OptimizerConfig, RewardConfig, SFTConfig
+from lightning_hybrid.config.data import (
+    DataConfig,
+    InstructionDataConfig,
+    PreferenceDataConfig,
+    PromptDataConfig,
+    UnpairedDataConfig,
+)
 from lightning_hybrid.config.groups import (
     CallbacksConfig,
     CheckpointConfig,
@@ -11,36 +30,62 @@ from lightning_hybrid.config.groups import (
     LoggerConfig,
     ModelConfig,
     PPOModelConfig,
-    RewardSourceConfig,
     RolloutConfig,
     SleepConfig,
     StrategyConfig,
     TrainerConfig,
 )
 from lightning_hybrid.config.plan import PlanRun
-from lightning_hybrid.config.roots import PPORun, QuickstartRun, RewardRun, Run, SFTRun, StageOverrides
+from lightning_hybrid.config.ppo import PPORun, PTXConfig
+from lightning_hybrid.config.evaluation import EvaluationConfig
+from lightning_hybrid.config.preference import DPOConfig, DPORun, KTOConfig, KTORun, PreferenceModelConfig
+from lightning_hybrid.config.reward import ClassifierConfig, RewardSourceConfig, RewardTermConfig, WeightedTermConfig
+from lightning_hybrid.config.roles import FrozenRoleConfig, RolesConfig, TrainedRoleConfig
+from lightning_hybrid.config.roots import QuickstartRun, RewardRun, Run, SFTRun, StageOverrides
+from lightning_hybrid.config.sweep import SweepConfig
 from lightning_hybrid.config.validate import validate
 from lightning_hybrid.settings import Settings
 
 __all__ = [
+    "AdapterConfig",
+    "CISPOConfig",
     "CallbacksConfig",
     "CheckpointConfig",
+    "ClassifierConfig",
+    "DAPOConfig",
+    "DPOConfig",
+    "DPORun",
     "DataConfig",
+    "DrGRPOConfig",
+    "EvaluationConfig",
+    "FrozenRoleConfig",
+    "GRPOConfig",
+    "GSPOConfig",
     "HybridEngineConfig",
     "InstructionDataConfig",
+    "KTOConfig",
+    "KTORun",
     "LoggerConfig",
     "ModelConfig",
+    "OnlineConfig",
     "OptimizerConfig",
     "PPOConfig",
     "PPOModelConfig",
     "PPORun",
+    "PTXConfig",
     "PlanRun",
     "PreferenceDataConfig",
+    "PreferenceModelConfig",
     "PromptDataConfig",
     "QuickstartRun",
+    "RLOOConfig",
+    "ReinforcePlusPlusBaselineConfig",
+    "ReinforcePlusPlusConfig",
     "RewardConfig",
     "RewardRun",
     "RewardSourceConfig",
+    "RewardTermConfig",
+    "RolesConfig",
     "RolloutConfig",
     "Run",
     "SFTConfig",
@@ -49,6 +94,10 @@ __all__ = [
     "SleepConfig",
     "StageOverrides",
     "StrategyConfig",
+    "SweepConfig",
+    "TrainedRoleConfig",
     "TrainerConfig",
+    "UnpairedDataConfig",
+    "WeightedTermConfig",
     "validate",
 ]

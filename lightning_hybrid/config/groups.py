@@ -1,4 +1,4 @@
-"""Settings of the groups beside data and algorithm: model, rollout, reward, strategy, trainer and its helpers."""
+"""Settings of the groups beside data, algorithm and reward: model, rollout, strategy, trainer and its helpers."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
+from lightning_hybrid.config.adapters import AdapterConfig
 from lightning_hybrid.settings import Problem, Rule, Settings
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -33,10 +34,21 @@ def architecture_needs_tokenizer(config: ModelConfig) -> Problem | None:
     return Problem("tokenizer", "required with model.architecture: a folder or hub name of a tokenizer", "None")
 
 
+def _adapter_needs_weights(config: ModelConfig) -> Problem | None:
+    if config.adapter is None or config.architecture is None:
+        return None
+    return Problem("adapter", "trains beside frozen weights: give model.path, or leave it out", config.adapter.kind)
+
+
 class ModelConfig(Settings):
     """The causal language model to train."""
 
-    rules: ClassVar[tuple[Rule, ...]] = (_path_or_architecture, _architecture_is_named, architecture_needs_tokenizer)
+    rules: ClassVar[tuple[Rule, ...]] = (
+        _path_or_architecture,
+        _architecture_is_named,
+        architecture_needs_tokenizer,
+        _adapter_needs_weights,
+    )
 
     path: str | None = None
     """folder or hub name of a pretrained model"""
@@ -44,6 +56,8 @@ class ModelConfig(Settings):
     """folder or hub name of the tokenizer; null for the one beside the model"""
     architecture: dict[str, Any] | None = None
     """arguments of a transformers config, with model_type, for a model with fresh weights"""
+    adapter: AdapterConfig | None = None
+    """train an adapter beside the frozen weights; null: train the weights"""
 
 
 class PPOModelConfig(ModelConfig):
@@ -53,6 +67,8 @@ class PPOModelConfig(ModelConfig):
     """folder of an SFT or reward model that the critic starts from; null for the policy's"""
     reference: str | None = None
     """folder or hub name of the frozen reference policy; null for the policy as it starts"""
+    critic_adapter: AdapterConfig | None = None
+    """train an adapter and the head of the critic; null: train all of it"""
 
 
 def _response_lengths_are_ordered(config: RolloutConfig) -> Problem | None:
@@ -87,35 +103,6 @@ class RolloutConfig(Settings):
     """texts that end a response, beside the end-of-text token; the token that completes one is kept"""
     max_tokens_in_flight: PositiveInt | None = None
     """prompt and response tokens that the KV cache holds at once; null for a share of the free memory"""
-
-
-def one_reward_source(config: RewardSourceConfig) -> Problem | None:
-    """Scores come from exactly one place."""
-    sources = {"path": config.path, "function": config.function, "url": config.url}
-    given = [f"{name} {value!r}" for name, value in sources.items() if value is not None]
-    if len(given) == 1:
-        return None
-    remedy = "give exactly one of path (a reward model), function (Python) and url (an HTTP endpoint)"
-    return Problem("path", remedy, " beside ".join(given).removeprefix("path ") or "nothing")
-
-
-class RewardSourceConfig(Settings):
-    """Where the scores of PPO come from: a reward model, a Python function, or an HTTP endpoint."""
-
-    rules: ClassVar[tuple[Rule, ...]] = (one_reward_source,)
-
-    path: str | None = None
-    """folder or hub name of a reward model"""
-    function: Annotated[str, Field(pattern=r"^[\w.]+:\w+$")] | None = None
-    """a function of prompts and responses, written 'package.module:function'"""
-    url: Annotated[str, Field(pattern=r"^https?://")] | None = None
-    """an endpoint that takes {"prompts": [...], "responses": [...]} and answers {"scores": [...]}"""
-    token_variable: str | None = None
-    """environment variable that holds the endpoint's bearer token"""
-    timeout_seconds: Annotated[float, Field(gt=0.0, le=604800.0)] = 300.0
-    """a function or an endpoint that takes longer over one batch has failed"""
-    retries: NonNegativeInt = 3
-    """further tries after an endpoint failed, with growing pauses between them"""
 
 
 class HybridEngineConfig(Settings):
@@ -241,7 +228,7 @@ class TrainerConfig(Settings):
     log_every_n_steps: PositiveInt = 1
     """steps between two rows of the log"""
     val_check_interval: PositiveInt | Fraction | None = None
-    """steps, or share of an epoch, between two validations"""
+    """batches (with PPO: iterations), over all epochs, or share of an epoch, between two validations"""
     limit_val_batches: NonNegativeInt | Fraction | None = None
     """batches, or share of them, in one validation; 0 for no validation"""
     num_sanity_val_steps: NonNegativeInt = 0
@@ -259,10 +246,19 @@ class CallbacksConfig(Settings):
 
     export_model: bool = True
     """write the trained model as a Hugging Face folder to output_dir/model at the end"""
+    export: Literal["merged", "adapter"] = "merged"
+    """merged: a whole model, adapters added into its weights; adapter: the adapter only, which names its base"""
     checkpoint_every_n_steps: PositiveInt | None = None
     """training steps between two checkpoints; null for one at the end of every epoch"""
     keep_checkpoints: PositiveInt = 2
     """newest checkpoints to keep; older ones are removed once a newer one is complete"""
+    best_metric: str | None = None
+    """keep the checkpoint with the best value of this metric too, such as val/score; null: only the newest ones"""
+    best_mode: Literal["max", "min"] = "max"
+    """whether the largest or the smallest value of best_metric is the best"""
+    ema_decay: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
+    """average what is trained after each optimizer step, with this weight of the average so far (DeepSpeed-Chat: \
+0.992), and write it to output_dir/ema at the end; null for no average"""
 
 
 class LoggerConfig(Settings):

@@ -10,6 +10,7 @@ from pydantic import Field, SerializeAsAny, create_model
 
 from lightning_hybrid.algorithms import ALGORITHMS, GroupConfig, OnlineConfig, PPOConfig
 from lightning_hybrid.config.data import InstructionDataConfig, PromptDataConfig
+from lightning_hybrid.config.evaluation import EvaluationConfig
 from lightning_hybrid.config.groups import PPOModelConfig, RolloutConfig
 from lightning_hybrid.config.reward import RewardSourceConfig, longest_seconds
 from lightning_hybrid.config.roles import RolesConfig, TrainedRoleConfig
@@ -88,7 +89,11 @@ def _a_reference_is_kept_where_one_is_given(run: PPORun) -> Problem | None:
 def _only_a_critic_has_its_settings(run: PPORun) -> Problem | None:
     if run.algorithm.critic:
         return None
-    given = {"model.critic": run.model.critic, "roles.critic": run.roles.critic}
+    given = {
+        "model.critic": run.model.critic,
+        "model.critic_adapter": run.model.critic_adapter,
+        "roles.critic": run.roles.critic,
+    }
     for key, value in given.items():
         if value not in (None, TrainedRoleConfig()):
             return Problem(key, f"algorithm {run.algorithm.name!r} has no critic: leave it out", repr(value))
@@ -186,6 +191,8 @@ class PPORun(Run):
     """how responses are sampled"""
     reward: RewardSourceConfig
     """where scores come from"""
+    evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
+    """how the policy is judged on held-out prompts"""
     ptx: PTXConfig = Field(default_factory=PTXConfig)
     """texts of the PTX loss"""
     roles: RolesConfig = Field(default_factory=RolesConfig)

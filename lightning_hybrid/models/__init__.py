@@ -1,5 +1,6 @@
 """The models of the house: a policy that answers with log-probs, and a trunk with a scalar head."""
 
+from lightning_hybrid.models.adapters import AdaptersOff, add_adapter, has_adapter, with_adapter
 from lightning_hybrid.models.loading import (
     build_policy,
     disable_dropout,
@@ -8,22 +9,29 @@ from lightning_hybrid.models.loading import (
     load_scalar,
     load_tokenizer,
     max_positions,
+    set_dropout,
 )
 from lightning_hybrid.models.policy import Policy, PolicyOutput, base_of, scaled_logits
-from lightning_hybrid.models.scalar import ScalarModel, last_value
+from lightning_hybrid.models.scalar import ScalarModel, last_value, scalar_from_policy
 
 __all__ = [
+    "AdaptersOff",
     "Policy",
     "PolicyOutput",
     "ScalarModel",
+    "add_adapter",
     "base_of",
     "build_policy",
     "disable_dropout",
     "end_of_text_ids",
+    "has_adapter",
     "last_value",
     "load_policy",
     "load_scalar",
     "load_tokenizer",
     "max_positions",
+    "scalar_from_policy",
     "scaled_logits",
+    "set_dropout",
+    "with_adapter",
 ]

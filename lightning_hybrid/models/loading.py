@@ -3,23 +3,66 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
 from lightning_hybrid.errors import ConfigError
+from lightning_hybrid.models.adapter_folder import adapter_config, apply_adapter, base_of_adapter, is_adapter_folder
 from lightning_hybrid.models.policy import Policy
-from lightning_hybrid.models.scalar import ScalarModel
+from lightning_hybrid.models.scalar import ScalarModel, scalar_from_policy
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def load_policy(path: str | Path, chunk: int = 1024) -> Policy:
-    """Load a causal LM from a folder or a hub name, in float32 (engines cast it), as a :class:`Policy`."""
+def load_policy(
+    path: str | Path, chunk: int = 1024, quantize: Literal["nf4"] | None = None, base: str | None = None
+) -> Policy:
+    """Load a causal LM from a folder or a hub name, in float32 (engines cast it), as a :class:`Policy`.
+
+    Args:
+        path: of a model; or a folder that holds an adapter only, which is merged into its base.
+        chunk: tokens per head call.
+        quantize: hold the linear layers' weights in four bits.
+        base: where an adapter's base lies, if not where the adapter says.
+
+    Raises:
+        ConfigError: if it cannot be loaded, the adapter is not of this base, or bitsandbytes is missing.
+    """
     from transformers import AutoModelForCausalLM
 
-    return Policy(_from_pretrained(AutoModelForCausalLM, path), chunk)
+    if is_adapter_folder(path):
+        return Policy(_merged_causal_lm(path, quantize, base), chunk)
+    if quantize is None:
+        return Policy(_from_pretrained(AutoModelForCausalLM, path), chunk)
+    return Policy(_from_pretrained(AutoModelForCausalLM, path, quantization_config=_four_bits()), chunk)
+
+
+def _merged_causal_lm(path: str | Path, quantize: str | None, base: str | None) -> Any:
+    if quantize is not None:
+        raise ConfigError(
+            f"model.adapter.quantize={quantize}: '{path}' holds an adapter only, which has no place in quantized "
+            f"weights; merge it first: lightning-hybrid export model.path={path} output_dir=..."
+        )
+    if adapter_config(path).task_type == "SEQ_CLS":
+        raise ConfigError(f"'{path}' holds the adapter of a reward model or critic, not of a language model")
+    base = base_of_adapter(path, base)
+    return apply_adapter(load_policy(base).model, path, base)
+
+
+def _four_bits() -> Any:
+    """QLoRA's format: 4-bit NormalFloat, quantized block scales."""
+    import importlib.util
+
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ConfigError(
+            "model.adapter.quantize=nf4 needs bitsandbytes, which is not installed: "
+            'pip install "lightning-hybrid[qlora]", or leave quantize out'
+        )
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
 
 
 def build_policy(architecture: dict[str, Any], vocab_size: int, chunk: int = 1024) -> Policy:
@@ -40,13 +83,19 @@ def build_policy(architecture: dict[str, Any], vocab_size: int, chunk: int = 102
     return Policy(AutoModelForCausalLM.from_config(config), chunk)
 
 
-def load_scalar(path: str | Path) -> ScalarModel:
+def load_scalar(path: str | Path, base: str | None = None) -> ScalarModel:
     """Load a critic or reward model; from a causal LM's folder the trunk is taken and the head starts at zero.
 
-    A zero head makes the first values 0 instead of noise.
+    A zero head makes the first values 0 instead of noise. A folder that holds an adapter only is merged into its base,
+    which lies at ``base``, or where the adapter says.
     """
     from transformers import AutoModelForSequenceClassification
 
+    if is_adapter_folder(path):
+        if adapter_config(path).task_type != "SEQ_CLS":
+            return scalar_from_policy(load_policy(path, base=base))
+        base = base_of_adapter(path, base)
+        return ScalarModel(apply_adapter(load_scalar(base).model, path, base))
     model, info = _from_pretrained(
         AutoModelForSequenceClassification, path, num_labels=1, output_loading_info=True, quiet=True
     )
@@ -59,6 +108,8 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a folder or hub name; one without a pad token pads with its EOS (masks decide)."""
     from transformers import AutoTokenizer
 
+    if is_adapter_folder(path) and not (Path(path) / "tokenizer_config.json").is_file():
+        path = base_of_adapter(path)
     tokenizer: PreTrainedTokenizerBase = _from_pretrained(AutoTokenizer, path)
     if tokenizer.pad_token_id is None and tokenizer.eos_token is not None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -74,10 +125,17 @@ def end_of_text_ids(policy: Policy, tokenizer: PreTrainedTokenizerBase) -> list[
 
 def disable_dropout(module: torch.nn.Module) -> None:
     """Set every dropout to 0: with it, a policy differs from itself, and ratios are not 1 on fresh experience."""
+    set_dropout(module, 0.0)
+
+
+def set_dropout(module: torch.nn.Module, probability: float) -> None:
+    """Set every dropout to a probability, and leave out no layers."""
     for part in module.modules():
-        for name in ("p", "dropout", "attention_dropout", "activation_dropout", "hidden_dropout", "layerdrop"):
+        for name in ("p", "dropout", "attention_dropout", "activation_dropout", "hidden_dropout"):
             if isinstance(getattr(part, name, None), float):
-                setattr(part, name, 0.0)
+                setattr(part, name, probability)
+        if isinstance(getattr(part, "layerdrop", None), float):
+            part.layerdrop = 0.0  # type: ignore[assignment]
 
 
 def max_positions(config: Any) -> int | None:

@@ -98,12 +98,18 @@ def update_metrics(module: PPOModule, update: dict[str, float], rollout: Rollout
     return metrics | {f"engine/{name}": value for name, value in engine.items()}
 
 
+def response_kl(module: PPOModule, experience: Experience) -> Tensor | None:
+    """KL of each of this rank's responses to the reference, ``[batch]`` float64, nats; None without a reference."""
+    if experience.ref_logprobs is None:
+        return None
+    kl = estimate_kl(experience.old_logprobs, experience.ref_logprobs, module.config.kl_estimator)
+    return kl.masked_fill(~experience.mask, 0.0).double().sum(1)
+
+
 def _kl(module: PPOModule, experience: Experience) -> Tensor:
     """Sum over this rank's tokens of the KL to the reference, 0-dim; 0 without one."""
-    if experience.ref_logprobs is None:
-        return experience.mask.new_zeros((), dtype=torch.float64)
-    kl = estimate_kl(experience.old_logprobs, experience.ref_logprobs, module.config.kl_estimator)
-    return kl.masked_fill(~experience.mask, 0.0).double().sum()
+    kl = response_kl(module, experience)
+    return experience.mask.new_zeros((), dtype=torch.float64) if kl is None else kl.sum()
 
 
 def _value_sums(experience: Experience) -> dict[str, Tensor]:

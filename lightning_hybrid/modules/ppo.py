@@ -13,21 +13,22 @@ import torch
 from torch import Tensor, nn
 
 from lightning_hybrid.algorithms import OnlineConfig, PPOConfig
-from lightning_hybrid.config import RolesConfig, RolloutConfig
+from lightning_hybrid.config import AdapterConfig, EvaluationConfig, RolesConfig, RolloutConfig
 from lightning_hybrid.data import InstructionDataModule
 from lightning_hybrid.engines.agreement import on_every_rank
 from lightning_hybrid.errors import RolloutError
 from lightning_hybrid.models import Policy, ScalarModel, end_of_text_ids, max_positions
 from lightning_hybrid.modules import roles as making
 from lightning_hybrid.modules.engines import engine_specs, optimizers_of, refuse_other_strategies
+from lightning_hybrid.modules.evaluation import Evaluation
 from lightning_hybrid.modules.experience import Experience, gain_experience
-from lightning_hybrid.modules.metrics import mismatch_metrics, rollout_metrics, update_metrics
+from lightning_hybrid.modules.metrics import mismatch_metrics, response_kl, rollout_metrics, update_metrics
 from lightning_hybrid.modules.needs import models_run, remedies
 from lightning_hybrid.modules.old_logprobs import LogprobGap, OldLogprobSource, measured_gap
 from lightning_hybrid.modules.phases import Phases
 from lightning_hybrid.modules.ptx import PTX
 from lightning_hybrid.modules.sampling import Samples, collect_samples, say_when_nothing_is_told
-from lightning_hybrid.modules.scoring import moments_with, reward_scores
+from lightning_hybrid.modules.scoring import moments_with
 from lightning_hybrid.modules.update import PPOUpdate
 from lightning_hybrid.rewards import RewardCallable
 from lightning_hybrid.rl import RunningMoments
@@ -62,6 +63,8 @@ class PPOModule(L.LightningModule):
         seed: of sampling and of the order of minibatches.
         ptx: texts of the PTX loss, needed with ``config.ptx_coef`` above 0.
         roles: what differs between the models.
+        critic_adapter: put on the critic, whose head and adapter are then all that is trained of it.
+        evaluation: of validation, on held-out prompts.
 
     Raises:
         ConfigError: if a tokenizer is needed and none was given, the rollout is to give old log-probs that it does not
@@ -81,6 +84,8 @@ class PPOModule(L.LightningModule):
         seed: int = 0,
         ptx: InstructionDataModule | None = None,
         roles: RolesConfig | None = None,
+        critic_adapter: AdapterConfig | None = None,
+        evaluation: EvaluationConfig | None = None,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
@@ -107,6 +112,7 @@ class PPOModule(L.LightningModule):
         self.score_moments = self._moments_now = RunningMoments()
         self.old_logprob_source = OldLogprobSource(self.config, self.rollout_config)
         self.phases, self.validation_phases = Phases(), Phases()
+        self.evaluation = Evaluation(evaluation or EvaluationConfig())
         self.optimizer_steps = self._without_signal = 0
         pad = self.tokenizer.pad_token_id
         eos_ids = end_of_text_ids(self.actor, self.tokenizer)
@@ -138,7 +144,8 @@ class PPOModule(L.LightningModule):
     # ---- what the Trainer asks for ---------------------------------------------------------------------------------
 
     def setup(self, stage: str) -> None:
-        """Read the texts of the PTX loss."""
+        """Read the texts of the PTX loss; forget what the reference said to the prompts of another run."""
+        self.evaluation.forget()
         if self.ptx is not None and stage == "fit":
             self.ptx.setup(self.tokenizer, self.max_positions)
 
@@ -163,20 +170,18 @@ class PPOModule(L.LightningModule):
                 update = updater.run(experience)
             self._finish(samples, experience, update, measured_gap(self, samples.rollout, experience, updater.gap))
 
+    def on_validation_epoch_start(self) -> None:
+        """Begin an evaluation."""
+        self.evaluation.begin()
+
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        """Log ``val/score``, ``val/response_length`` and ``val/eos_rate`` of sampled responses to held-out prompts."""
-        with self.phase("rollout", self.validation_phases):
-            rollout = self.roll_out(batch["prompt_ids"], stream=batch_idx + 1)
-        with self.phase("reward", self.validation_phases):
-            scores = reward_scores(self, batch["prompts"], rollout, batch.get("fields"))
-        if self._residency is not None:
-            self._residency.enter(None)  # callbacks may read the trained weights
-        metrics = {
-            "val/score": scores.mean(),
-            "val/response_length": rollout.lengths.float().mean(),
-            "val/eos_rate": rollout.finished.float().mean(),
-        }
-        self.log_dict(metrics, batch_size=len(scores), sync_dist=True)
+        """Judge the policy on a batch of held-out prompts."""
+        self.evaluation.judge(self, batch)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log what was found over all prompts of all ranks, see :func:`~lightning_hybrid.modules.judgement.figures_of`."""
+        # The same on all ranks already; Lightning warns where it does not average validations itself.
+        self.log_dict(self.evaluation.conclude(self), sync_dist=True)
 
     # ---- the stages of an iteration ----------------------------------------------------------------------------------
 
@@ -228,7 +233,7 @@ class PPOModule(L.LightningModule):
             self.kl_controller.update(kl, len(experience) * self.trainer.world_size)
         metrics |= update_metrics(self, update, samples.rollout)
         self._step_schedules()
-        self.last_rollout = samples.rollout
+        self.last_rollout, self.last_kl = samples.rollout, response_kl(self, experience)
         self.log_dict(metrics, batch_size=len(experience))
         shown = {"score": metrics["reward/score"]} | ({"kl": kl} if self.reference is not None else {})
         self.log_dict(shown, prog_bar=True, logger=False)
@@ -250,9 +255,9 @@ class PPOModule(L.LightningModule):
     def _residency(self) -> Residency | None:
         return getattr(self.trainer.strategy, "residency", None)
 
-    def phase(self, name: str, phases: Phases | None = None) -> AbstractContextManager[None]:
-        """A phase on the models that it runs, announced by :attr:`phases` or by others."""
-        return (phases or self.phases)(name, self._residency, models_run(self, name), remedies(self, name))
+    def phase(self, name: str) -> AbstractContextManager[None]:
+        """A phase on the models that it runs, announced by :attr:`phases`."""
+        return self.phases(name, self._residency, models_run(self, name), remedies(self, name))
 
     def sum_over_ranks(self, x: Tensor) -> Tensor:
         """A small tensor added up over all ranks."""

@@ -16,7 +16,6 @@ KINDS = (
     "logits",
     "buffers",
 )
-OWNERS = ("actor", "critic", "reference", "reward")
 
 
 @dataclass(frozen=True)
@@ -24,7 +23,7 @@ class Held:
     """Bytes of one kind on one rank.
 
     Attributes:
-        owner: one of :data:`OWNERS`.
+        owner: name of a model of the run, such as ``"actor"``.
         kind: one of :data:`KINDS`.
         bytes: how many.
         where: on the device, or in the host's memory.

@@ -1,22 +1,26 @@
-"""The models of a run in their roles, from their Transformers configurations: shapes, and no memory."""
+"""The models of a run, from their Transformers configurations: shapes, and no memory."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import nn
 
-from lightning_hybrid.config.plan import PlanRun
+from lightning_hybrid.config import TrainedRoleConfig
+from lightning_hybrid.config.adapters import AdapterConfig
 from lightning_hybrid.containers import FAMILIES, reason_without_container, units
-from lightning_hybrid.errors import ConfigError
-from lightning_hybrid.models import Policy, ScalarModel, disable_dropout, max_positions
-from lightning_hybrid.models.loading import why_not_loaded
+from lightning_hybrid.models import Policy, ScalarModel, max_positions
+from lightning_hybrid.modules.roles import prepare_for_training
+from lightning_hybrid.plan.adapted import NF4_BYTES, adapted
+from lightning_hybrid.rewards.learned import TEXTS_AT_ONCE
+
+ROLES = ("actor", "critic", "reference", "reward")
 
 
 @contextmanager
@@ -37,34 +41,52 @@ class Network:
     """A model that is not there.
 
     Attributes:
-        role: actor, critic, reference or reward.
+        name: its role, one of :data:`ROLES`; of reward models of several terms, ``reward_<term>``.
         config: its Transformers configuration.
         scalar: whether it has a scalar head rather than one over the vocabulary.
         dtype: of its weights while a run computes with them.
+        adapter: of a model of which nothing else is trained, but a scalar head.
+        settings: what training does to its layers.
+        replicated: whether it is a classifier that every rank holds whole, without an engine.
+        texts: that a reward model reads in one forward pass.
     """
 
-    role: str
+    name: str
     config: Any
     scalar: bool
     dtype: torch.dtype
+    adapter: AdapterConfig | None = None
+    settings: TrainedRoleConfig = field(default_factory=TrainedRoleConfig)
+    replicated: bool = False
+    texts: int = TEXTS_AT_ONCE
 
     @property
-    def key(self) -> tuple[str, bool, torch.dtype]:
-        """Equal for networks of the same shape."""
-        return self.config.to_json_string(), self.scalar, self.dtype
+    def role(self) -> str:
+        """One of :data:`ROLES`."""
+        return "reward" if self.name.startswith("reward") else self.name
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """Equal for networks of the same shape that train alike."""
+        adapter = None if self.adapter is None else self.adapter.model_dump_json()
+        trains = self.settings.dropout, self.settings.gradient_checkpointing
+        return self.config.to_json_string(), self.scalar, self.dtype, self.replicated, adapter, *trains
 
     def build(self) -> nn.Module:
         """The module, inside :func:`without_memory`."""
         from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
         config = copy.deepcopy(self.config)  # models write into theirs
-        module: nn.Module
+        if self.replicated:
+            config.pad_token_id = 0
+            classifier: nn.Module = AutoModelForSequenceClassification.from_config(config, dtype=self.dtype)
+            return classifier
         if self.scalar:
             config.num_labels = 1
-            module = ScalarModel(AutoModelForSequenceClassification.from_config(config, dtype=self.dtype))
-        else:
-            module = Policy(AutoModelForCausalLM.from_config(config, dtype=self.dtype))
-        disable_dropout(module)
+        auto = AutoModelForSequenceClassification if self.scalar else AutoModelForCausalLM
+        model = adapted(auto.from_config(config, dtype=self.dtype), self.adapter)
+        module = ScalarModel(model) if self.scalar else Policy(model)
+        prepare_for_training(module, self.settings)
         return module
 
     @property
@@ -106,6 +128,29 @@ class Network:
         """Elements of all parameters."""
         return sum(self.sizes)
 
+    @cached_property
+    def trained_sizes(self) -> tuple[int, ...]:
+        """Elements of each parameter that an optimizer of its engine would step."""
+        return tuple(parameter.numel() for parameter in self.module.parameters() if parameter.requires_grad)
+
+    @property
+    def trained(self) -> int:
+        """Elements of them all."""
+        return sum(self.trained_sizes)
+
+    @cached_property
+    def widths(self) -> tuple[float, ...]:
+        """Bytes that an element of each parameter takes: fewer where weights under an adapter are in four bits."""
+        packed = self.adapter is not None and self.adapter.quantize is not None
+        names = (name for name, _ in self.module.named_parameters())
+        return tuple(NF4_BYTES if packed and name.endswith(".base_layer.weight") else self.itemsize for name in names)
+
+    @property
+    def unpacked(self) -> int:
+        """Bytes of the largest weight that is read out of four bits for its product."""
+        sizes = (size for size, width in zip(self.sizes, self.widths, strict=True) if width == NF4_BYTES)
+        return max(sizes, default=0) * self.itemsize
+
     @property
     def itemsize(self) -> int:
         """Bytes of an element."""
@@ -139,53 +184,3 @@ def _lists_by_layer(config: Any) -> list[str]:
         for name, value in vars(config).items()
         if isinstance(value, list) and len(value) == config.num_hidden_layers and not name.startswith("_")
     ]
-
-
-def networks_of(run: PlanRun, dtype: torch.dtype) -> dict[str, Network]:
-    """Actor, critic, reference and, if the reward is a model, reward, each defaulting as PPO has it."""
-    actor = Network("actor", _policy_config(run), False, dtype)
-    reward = None
-    if run.reward.path is not None:
-        reward = Network("reward", _read_config(run.reward.path), True, dtype)
-    reference = actor.config if run.model.reference is None else _read_config(run.model.reference)
-    networks = {
-        "actor": actor,
-        "critic": Network("critic", _critic_config(run, actor, reward), True, dtype),
-        "reference": Network("reference", reference, False, dtype),
-    }
-    return networks if reward is None else networks | {"reward": reward}
-
-
-def _policy_config(run: PlanRun) -> Any:
-    from transformers import AutoConfig
-
-    if run.model.architecture is None:
-        return _read_config(str(run.model.path))
-    arguments = dict(run.model.architecture)
-    return AutoConfig.for_model(arguments.pop("model_type"), **arguments)
-
-
-def _critic_config(run: PlanRun, actor: Network, reward: Network | None) -> Any:
-    """What was given; else the reward model's where it reads the policy's tokens; else the policy's.
-
-    Tokenizers are not read: vocabularies of one size are taken for the same.
-    """
-    if run.model.critic is not None:
-        return _read_config(run.model.critic)
-    if reward is not None and _vocabulary(reward.config) == _vocabulary(actor.config):
-        return reward.config
-    return actor.config
-
-
-def _vocabulary(config: Any) -> int:
-    return int(config.get_text_config().vocab_size)
-
-
-def _read_config(path: str) -> Any:
-    """The configuration in a folder or on the hub; nothing else is fetched."""
-    from transformers import AutoConfig
-
-    try:
-        return AutoConfig.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        raise ConfigError(why_not_loaded(path, error)) from error

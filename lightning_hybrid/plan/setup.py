@@ -2,29 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import torch
 
+from lightning_hybrid.algorithms import GroupConfig
 from lightning_hybrid.config.plan import PlanRun
 from lightning_hybrid.config.roots import ranks_of
 from lightning_hybrid.engines.build import config_dtype
-from lightning_hybrid.engines.config import engine_config
+from lightning_hybrid.engines.config import engine_config, merged
 from lightning_hybrid.errors import ConfigError
-from lightning_hybrid.plan.networks import Network, networks_of
+from lightning_hybrid.plan.engine import Engine
+from lightning_hybrid.plan.networks import ROLES, Network
+from lightning_hybrid.plan.roles import networks_of
 from lightning_hybrid.strategy import STRATEGIES
 
 FP32 = 4
-# DeepSpeed's defaults, in elements.
-DEFAULTS = {
-    "reduce_bucket_size": 500_000_000,
-    "sub_group_size": 1_000_000_000,
-    "stage3_param_persistence_threshold": 100_000,
-    "stage3_max_live_parameters": 1_000_000_000,
-    "stage3_prefetch_bucket_size": 50_000_000,
-}
 
 
 @dataclass(frozen=True)
@@ -38,42 +34,35 @@ class Setup:
     run: PlanRun
 
     @cached_property
-    def _arguments(self) -> dict[str, Any]:
-        return dict(STRATEGIES[self.run.strategy.name][1])
+    def engines(self) -> dict[str, Engine]:
+        """The engine of each role, which may have a ZeRO stage of its own."""
+        stages = {role: getattr(self.run.roles, role).zero_stage for role in ROLES}
+        own = {role: {} if stage is None else {"zero_optimization": {"stage": stage}} for role, stage in stages.items()}
+        return {role: self._engine(over) for role, over in own.items()}
 
     @cached_property
-    def config(self) -> dict[str, Any]:
-        """The DeepSpeed configuration of an engine."""
-        return engine_config(
-            **self._arguments, precision=self.run.trainer.precision, overrides=dict(self.run.strategy.config)
-        )
+    def general(self) -> Engine:
+        """An engine as the strategy configures it, whose role says nothing else."""
+        return self._engine({})
 
-    @cached_property
-    def zero(self) -> dict[str, Any]:
-        """Its ``zero_optimization``, DeepSpeed's defaults filled in."""
-        zero: dict[str, Any] = self.config["zero_optimization"]
-        plain = {name: zero[name.removeprefix("stage3_")] for name in DEFAULTS if name.removeprefix("stage3_") in zero}
-        return DEFAULTS | plain | zero
+    def _engine(self, own: Mapping[str, Any]) -> Engine:
+        over = merged(dict(self.run.strategy.config), dict(own))
+        arguments = dict(STRATEGIES[self.run.strategy.name][1])
+        return Engine(engine_config(**arguments, precision=self.run.trainer.precision, overrides=over))
+
+    def engine(self, network: Network) -> Engine:
+        """What runs a model."""
+        return self.engines[network.role]
 
     @property
     def stage(self) -> int:
-        """The ZeRO stage."""
-        return int(self.zero["stage"])
-
-    @property
-    def offloads_optimizer(self) -> bool:
-        """Whether optimizer states, master weights and gradients are in host memory."""
-        return self.stage > 0 and self.zero.get("offload_optimizer", {}).get("device", "none") != "none"
-
-    @property
-    def offloads_parameters(self) -> bool:
-        """Whether ZeRO-3's weights are in host memory."""
-        return self.stage == 3 and self.zero.get("offload_param", {}).get("device", "none") != "none"
+        """The ZeRO stage of the actor, which trains and generates."""
+        return self.engines["actor"].stage
 
     @cached_property
     def dtype(self) -> torch.dtype:
         """Of weights, gradients and arithmetic."""
-        return config_dtype(self.config)
+        return config_dtype(self.general.config)
 
     @cached_property
     def on_cpu(self) -> bool:
@@ -100,8 +89,13 @@ class Setup:
 
     @cached_property
     def networks(self) -> dict[str, Network]:
-        """The models by role."""
+        """The models by name; a role may have several, such as reward models of several terms."""
         return networks_of(self.run, self.dtype)
+
+    @cached_property
+    def reference_is_actor(self) -> bool:
+        """Whether the reference is the actor with its adapters off."""
+        return self.run.algorithm.reference and "reference" not in self.networks
 
     @cached_property
     def tokens(self) -> int:
@@ -130,6 +124,21 @@ class Setup:
         return self.tokens - self.run.rollout.max_new_tokens
 
     @property
+    def rows(self) -> int:
+        """Responses of one rank that an iteration learns from, which are also sampled and scored at once.
+
+        With dynamic sampling, prompts are taken in turn, at most as many as groups are missing.
+        """
+        algorithm, prompts = self.run.algorithm, self.run.data.batch_size
+        groups = algorithm.groups if isinstance(algorithm, GroupConfig) else None
+        return (groups or prompts) * algorithm.group_size
+
+    @property
+    def drawn(self) -> int:
+        """Responses of one rank that an iteration samples at most."""
+        return self.run.data.batch_size * self.run.algorithm.group_size
+
+    @property
     def micro_batch(self) -> int:
         """Sequences of one forward pass."""
         return min(self.run.algorithm.micro_batch_size, self.minibatch)
@@ -138,17 +147,24 @@ class Setup:
     def minibatch(self) -> int:
         """Sequences of one optimizer step on this rank."""
         asked = self.run.algorithm.minibatch_size
-        return self.run.data.batch_size if asked is None else max(1, asked // self.ranks)
+        return self.rows if asked is None else max(1, asked // self.ranks)
 
     @property
     def micro_batches(self) -> int:
-        """Forward and backward passes between two optimizer steps."""
+        """Forward and backward passes of rollouts between two optimizer steps."""
         return -(-self.minibatch // self.run.algorithm.micro_batch_size)
 
     @property
-    def bucket(self) -> int:
-        """Elements of the buffer that gradients are reduced in."""
-        return int(self.zero["reduce_bucket_size"])
+    def ptx_tokens(self) -> int:
+        """Tokens of the longest text of the PTX loss.
+
+        Raises:
+            ConfigError: if nothing limits them.
+        """
+        limit = self.run.ptx.max_length or self.networks["actor"].positions
+        if limit is None:
+            raise ConfigError("nothing limits the texts of the PTX loss: set ptx.max_length, in tokens")
+        return limit
 
 
 def device_bytes(setup: Setup) -> int:

@@ -1,6 +1,6 @@
 """What engines hold whatever they do: weights, master weights, optimizer states, and the gradients' place.
 
-With P elements, d bytes each, over W ranks (DeepSpeed 0.19, AdamW, `overlap_comm` off):
+With P elements that are trained, d bytes each, over W ranks (DeepSpeed 0.19, AdamW, `overlap_comm` off):
 
 =====  ===========  ==================  ==================  =====================
 stage  weights      master weights      optimizer states    gradients of a step
@@ -13,13 +13,14 @@ stage  weights      master weights      optimizer states    gradients of a step
 
 Stages 1 to 3 keep master weights in fp32 too, where they are a second copy. They also reduce gradients through a bucket
 of ``reduce_bucket_size`` elements: from the first gradient until the pass (stage 2) or the step (stage 1) ends, and
-always at stage 3. A GPU gives a bucket all of its memory; a CPU gives pages when they are written.
+always at stage 3. What is frozen, a whole model or the weights under an adapter, has weights only. A GPU gives a bucket all of its memory; a CPU gives pages when they are written.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 
+from lightning_hybrid.plan.engine import Engine
 from lightning_hybrid.plan.held import DEVICE, HOST, Held
 from lightning_hybrid.plan.networks import Network
 from lightning_hybrid.plan.setup import FP32, Setup
@@ -34,92 +35,105 @@ def at_rest(setup: Setup, phase: str, runs: Collection[str]) -> list[Held]:
     Args:
         setup: of the run.
         phase: one of the three.
-        runs: roles whose weights are computed with; others may sleep.
+        runs: names of the models whose weights are computed with; others may sleep.
     """
     return [held for network in setup.networks.values() for held in _of_one(setup, network, phase, runs)]
 
 
 def _of_one(setup: Setup, network: Network, phase: str, runs: Collection[str]) -> Iterator[Held]:
-    role, trained, sleep = network.role, network.role in TRAINED, setup.run.strategy.sleep
-    asleep = role not in runs and (sleep.weights if trained else sleep.frozen_models) and not setup.on_cpu
-    away = setup.offloads_parameters or asleep
-    yield Held(role, "weights", weight_bytes(setup, network, trained), HOST if away else DEVICE)
-    if setup.stage == 3:
-        yield Held(role, "weights", persistent_bytes(setup, network), HOST if asleep else DEVICE)
+    name, trained, sleep, engine = network.name, network.name in TRAINED, setup.run.strategy.sleep, setup.engine(network)
+    if network.replicated:
+        yield Held(name, "weights", network.numel * network.itemsize)
+        return
+    asleep = name not in runs and (sleep.weights if trained else sleep.frozen_models) and not setup.on_cpu
+    away = engine.offloads_parameters or asleep
+    yield Held(name, "weights", weight_bytes(setup, network), HOST if away else DEVICE)
+    if engine.stage == 3:
+        yield Held(name, "weights", persistent_bytes(setup, network), HOST if asleep else DEVICE)
     if trained:
         yield from _to_train(setup, network, phase)
 
 
 def _to_train(setup: Setup, network: Network, phase: str) -> Iterator[Held]:
     """What only training needs, and may sleep outside it: on a CPU nothing is gained by moving, only by giving up."""
-    role, sleep, part = network.role, setup.run.strategy.sleep, share(setup, network)
-    outside = phase != TRAIN
+    name, sleep, engine = network.name, setup.run.strategy.sleep, setup.engine(network)
+    part, outside = share(setup, network), phase != TRAIN
     moves = outside and not setup.on_cpu
-    yield Held(role, "master weights", master_bytes(setup, network), _place(setup, moves and sleep.master_weights))
-    yield Held(role, "optimizer states", 2 * FP32 * part, _place(setup, moves and sleep.optimizer))
+    yield Held(name, "master weights", master_bytes(setup, network), _place(engine, moves and sleep.master_weights))
+    yield Held(name, "optimizer states", _states(setup, network) * part, _place(engine, moves and sleep.optimizer))
     yield from _offload_buffers(setup, network)
     # Gradients in host memory do not sleep.
-    if setup.stage == 3 and not (sleep.gradients and outside and not setup.offloads_optimizer):
-        yield Held(role, "gradients", part * network.itemsize, _place(setup, False))
-        yield Held(role, "buffers", bucket_bytes(setup, network))
+    if engine.stage == 3 and not (sleep.gradients and outside and not engine.offloads_optimizer):
+        yield Held(name, "gradients", part * network.itemsize, _place(engine, False))
+        yield Held(name, "buffers", bucket_bytes(setup, network))
 
 
-def _place(setup: Setup, asleep: bool) -> str:
-    return HOST if setup.offloads_optimizer or asleep else DEVICE
+def _states(setup: Setup, network: Network) -> int:
+    """Bytes for each weight that is stepped: two moments, and of the actor its running average where one is kept."""
+    averaged = network.name == "actor" and setup.run.callbacks.ema_decay is not None
+    return (3 if averaged else 2) * FP32
+
+
+def _place(engine: Engine, asleep: bool) -> str:
+    return HOST if engine.offloads_optimizer or asleep else DEVICE
 
 
 def share(setup: Setup, network: Network) -> int:
     """Elements that this rank's optimizer updates."""
-    ranks = setup.ranks
-    if setup.stage == 0:
-        return network.numel
-    if setup.stage == 3:
-        return sum(-(-size // ranks) for size in network.sizes)
+    ranks, stage = setup.ranks, setup.engine(network).stage
+    if stage == 0:
+        return network.trained
+    if stage == 3:
+        return sum(-(-size // ranks) for size in network.trained_sizes)
     # The flat buffer is aligned to two elements for each rank.
-    return -(-network.numel // (2 * ranks)) * 2
+    return -(-network.trained // (2 * ranks)) * 2
 
 
-def weight_bytes(setup: Setup, network: Network, trained: bool) -> int:
-    """Of the weights between passes."""
-    if setup.stage == 3:
-        return share(setup, network) * network.itemsize
-    if setup.stage == 0 or not trained:
-        return network.numel * network.itemsize
-    return share(setup, network) * setup.ranks * network.itemsize
+def weight_bytes(setup: Setup, network: Network) -> int:
+    """Of the weights between passes; what is frozen under an adapter is sharded at stage 3 only, too."""
+    stage, sized = setup.engine(network).stage, zip(network.sizes, network.widths, strict=True)
+    if stage == 3:
+        return int(sum(-(-size // setup.ranks) * width for size, width in sized))
+    padding = 0
+    if stage > 0 and network.name in TRAINED:
+        padding = (share(setup, network) * setup.ranks - network.trained) * network.itemsize
+    return int(sum(size * width for size, width in sized)) + padding
 
 
 def persistent_bytes(setup: Setup, network: Network) -> int:
     """Of small parameters that ZeRO-3 keeps whole; with one rank they are their own shards."""
     if setup.ranks == 1:
         return 0
-    limit = int(setup.zero["stage3_param_persistence_threshold"])
+    limit = int(setup.engine(network).zero["stage3_param_persistence_threshold"])
     return sum(size for size in network.sizes if size < limit) * network.itemsize
 
 
 def master_bytes(setup: Setup, network: Network) -> int:
     """Of fp32 master weights; stage 0 has none."""
-    return 0 if setup.stage == 0 else FP32 * share(setup, network)
+    return 0 if setup.engine(network).stage == 0 else FP32 * share(setup, network)
 
 
 def bucket_bytes(setup: Setup, network: Network) -> int:
     """Of the buffer that gradients are reduced in."""
-    elements = min(setup.bucket, network.numel) if setup.on_cpu else setup.bucket
-    return elements * network.itemsize
+    bucket = setup.engine(network).bucket
+    return (min(bucket, network.trained) if setup.on_cpu else bucket) * network.itemsize
 
 
 def owned_gradient_bytes(setup: Setup, network: Network) -> int:
     """Of the gradients that a rank keeps between the passes of a step at stages 0 to 2."""
-    if setup.stage == 2 and setup.offloads_optimizer:
+    engine = setup.engine(network)
+    if engine.stage == 2 and engine.offloads_optimizer:
         return 0
-    elements = network.numel if setup.stage < 2 else min(network.numel, share(setup, network))
+    elements = network.trained if engine.stage < 2 else min(network.trained, share(setup, network))
     return elements * network.itemsize
 
 
 def gathered_bytes(setup: Setup, network: Network) -> int:
     """Of whole weights that exist at once while ZeRO-3 runs a model; with one rank nothing is gathered."""
-    if setup.stage < 3 or (setup.ranks == 1 and not setup.offloads_parameters):
+    engine = setup.engine(network)
+    if engine.stage < 3 or (setup.ranks == 1 and not engine.offloads_parameters):
         return 0
-    most = int(setup.zero["stage3_max_live_parameters"]) + int(setup.zero["stage3_prefetch_bucket_size"])
+    most = int(engine.zero["stage3_max_live_parameters"]) + int(engine.zero["stage3_prefetch_bucket_size"])
     return min(network.numel, max(most, max(network.sizes))) * network.itemsize
 
 
@@ -134,14 +148,15 @@ def gathering_bytes(setup: Setup, network: Network, all_live: bool) -> int:
     live = gathered_bytes(setup, network)
     if not live or (all_live and live == network.numel * network.itemsize):
         return 0
-    return min(network.numel, int(setup.zero["stage3_prefetch_bucket_size"])) * network.itemsize
+    return min(network.numel, int(setup.engine(network).zero["stage3_prefetch_bucket_size"])) * network.itemsize
 
 
 def _offload_buffers(setup: Setup, network: Network) -> Iterator[Held]:
     """Stages 1 and 2 with an offloaded optimizer: gradients and updated weights on their way to and from the host."""
-    if not setup.offloads_optimizer or setup.stage == 3:
+    engine = setup.engine(network)
+    if not engine.offloads_optimizer or engine.stage == 3:
         return
-    part = share(setup, network)
-    yield Held(network.role, "gradients", (FP32 + network.itemsize) * part, HOST)
-    yield Held(network.role, "buffers", (network.itemsize * part) + max(network.sizes) * network.itemsize, HOST)
-    yield Held(network.role, "buffers", max(network.sizes) * network.itemsize)
+    part, largest = share(setup, network), max(network.trained_sizes) * network.itemsize
+    yield Held(network.name, "gradients", (FP32 + network.itemsize) * part, HOST)
+    yield Held(network.name, "buffers", network.itemsize * part + largest, HOST)
+    yield Held(network.name, "buffers", largest)

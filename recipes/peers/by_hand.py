@@ -14,9 +14,8 @@ import torch
 from torch import Tensor
 
 from lightning_hybrid.engines import engine_config
-from lightning_hybrid.models import build_policy
+from lightning_hybrid.models import build_policy, scalar_from_policy
 from lightning_hybrid.modules.optimization import make_adamw
-from lightning_hybrid.modules.roles import scalar_from_policy
 from lightning_hybrid.strategy import HybridDeepSpeedStrategy
 from peers.subject import SHAPES
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from lightning_hybrid_cli import COMMANDS
+from lightning_hybrid_cli import COMMANDS, FILES
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -54,11 +54,16 @@ def test_unknown_command_is_refused_with_the_nearest_one() -> None:
 
 
 def test_unlike_command_is_refused_with_all_of_them() -> None:
-    assert "There are: quickstart, sft, reward, ppo, plan." in call("zzz").stderr
+    assert f"There are: {', '.join(COMMANDS)}." in call("zzz").stderr
 
 
 def test_every_command_has_its_recipe() -> None:
-    assert {command for command in COMMANDS if not (ROOT / "recipes" / f"{command}.py").is_file()} == set()
+    files = {command: ROOT / "recipes" / f"{FILES.get(command, command)}.py" for command in COMMANDS}
+    assert {command for command, file in files.items() if not file.is_file()} == set()
+
+
+def test_no_recipe_hides_a_module_of_python_from_the_others() -> None:
+    assert {file.stem for file in (ROOT / "recipes").glob("*.py")} & sys.stdlib_module_names == set()
 
 
 def test_wrong_configuration_ends_with_its_report_alone(tmp_path: Path) -> None:

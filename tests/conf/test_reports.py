@@ -91,7 +91,7 @@ def test_wrong_value_is_named_with_what_is_allowed(override: str, line: str) -> 
         ),
         (["rollout.min_new_tokens=65"], "rollout.min_new_tokens = 65: must not exceed max_new_tokens (64)"),
         (["reward.function=rewards:length"], "reward.path = 'a-reward-model' beside function 'rewards:length'"),
-        (["reward.path=null"], "reward.path = nothing: give exactly one of path (a reward model), function (Python)"),
+        (["reward.path=null"], "reward.path = nothing: give exactly one of path (a reward model), classifier, func"),
         (["model.path=null"], "model.path = nothing: give exactly one of path"),
         (
             [
@@ -101,7 +101,7 @@ def test_wrong_value_is_named_with_what_is_allowed(override: str, line: str) -> 
                 "reward.retries=2",
                 "trainer.devices=2",
             ],
-            "reward.timeout_seconds = 600: with 2 retries a reward may take 1920 s, which must be less than",
+            "reward.timeout_seconds = 600: with all retries the reward may take 1920 s, which must be less than",
         ),
         (["+model.architecture={hidden_size: 8}"], "model.path = 'a-model' beside model.architecture"),
         (["+model.architecture={hidden_size: 8}"], "must have the key model_type, such as 'llama'"),

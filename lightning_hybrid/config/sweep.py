@@ -1,0 +1,53 @@
+"""What the runs of a sweep are ranked by: one metric of each, and which end of it is better."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Sequence
+from typing import Literal
+
+from lightning_hybrid.settings import Settings
+
+USUAL_METRICS = ("val/score", "reward/score", "val/accuracy", "val/loss", "loss")
+"""What a run is judged by where nothing else is asked for: the first of these that it logs."""
+_SHARE = 10
+
+
+class SweepConfig(Settings):
+    """How a run is summed up in one number."""
+
+    metric: str | None = None
+    """a metric that is logged, such as val/loss; null: val/score, reward/score, val/accuracy, val/loss or loss"""
+    direction: Literal["maximize", "minimize"] | None = None
+    """which values are better; null: low ones of a loss, high ones of anything else"""
+    value: Literal["last", "best"] = "last"
+    """of a run: the mean over the last tenth of the metric's values, which evens out noise, or the best of them"""
+
+    def choose(self, logged: Collection[str]) -> str | None:
+        """The metric to rank by among those that were logged; None where there is none of them."""
+        wanted = USUAL_METRICS if self.metric is None else (self.metric,)
+        # A recipe of several stages has a metric of each, such as ppo/reward/score; the last stage counts.
+        return next((name for end in wanted for name in reversed([*logged]) if _is_named(name, end)), None)
+
+    def maximizes(self, metric: str) -> bool:
+        """Whether higher values are better."""
+        if self.direction is None:
+            return "loss" not in metric
+        return self.direction == "maximize"
+
+    def judge(self, metric: str, values: Sequence[float]) -> float | None:
+        """The number that stands for a run whose metric had these values; None where none of them is finite.
+
+        Diverging is no success: with `last`, a run that ended in NaN has no number.
+        """
+        if self.value == "best":
+            finite = [value for value in values if math.isfinite(value)]
+            best = max if self.maximizes(metric) else min
+            return best(finite, default=None)
+        last = values[-max(1, len(values) // _SHARE) :]
+        mean = math.fsum(last) / len(last) if last else math.nan
+        return mean if math.isfinite(mean) else None
+
+
+def _is_named(name: str, end: str) -> bool:
+    return name == end or name.endswith(f"/{end}") and name.count("/") == end.count("/") + 1
