@@ -34,7 +34,8 @@ def architecture_needs_tokenizer(config: ModelConfig) -> Problem | None:
     return Problem("tokenizer", "required with model.architecture: a folder or hub name of a tokenizer", "None")
 
 
-def _adapter_needs_weights(config: ModelConfig) -> Problem | None:
+def adapter_needs_weights(config: ModelConfig) -> Problem | None:
+    """An adapter beside weights that nobody trained would be all that ever learns."""
     if config.adapter is None or config.architecture is None:
         return None
     return Problem("adapter", "trains beside frozen weights: give model.path, or leave it out", config.adapter.kind)
@@ -47,7 +48,7 @@ class ModelConfig(Settings):
         _path_or_architecture,
         _architecture_is_named,
         architecture_needs_tokenizer,
-        _adapter_needs_weights,
+        adapter_needs_weights,
     )
 
     path: str | None = None
@@ -259,10 +260,18 @@ class CallbacksConfig(Settings):
     ema_decay: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
     """average what is trained after each optimizer step, with this weight of the average so far (DeepSpeed-Chat: \
 0.992), and write it to output_dir/ema at the end; null for no average"""
+    progress: Literal["tqdm", "rich"] = "tqdm"
+    """what draws the progress bar; trainer.enable_progress_bar=false for none"""
+    print_samples: PositiveInt | None = None
+    """training steps from one table of sampled responses in the terminal to the next; null for none"""
 
 
 class LoggerConfig(Settings):
     """Where metrics are written."""
 
-    name: Literal["csv", "tensorboard", "none"] = "csv"
-    """csv: output_dir/metrics.csv; tensorboard: event files; none: nowhere"""
+    name: Literal["csv", "tensorboard", "wandb", "none"] = "csv"
+    """csv: output_dir/metrics.csv; tensorboard, wandb: there and in that file; none: nowhere"""
+    project: str = "lightning-hybrid"
+    """project at Weights & Biases"""
+    offline: bool = False
+    """keep what is for Weights & Biases in output_dir/wandb"""

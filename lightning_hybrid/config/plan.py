@@ -7,7 +7,12 @@ from typing import ClassVar
 from pydantic import Field, PositiveFloat, PositiveInt
 
 from lightning_hybrid.config.data import PromptDataConfig
-from lightning_hybrid.config.groups import ModelConfig, PPOModelConfig, architecture_needs_tokenizer
+from lightning_hybrid.config.groups import (
+    ModelConfig,
+    PPOModelConfig,
+    adapter_needs_weights,
+    architecture_needs_tokenizer,
+)
 from lightning_hybrid.config.ppo import PPORun
 from lightning_hybrid.config.reward import RewardSourceConfig, one_reward_source, sources_of
 from lightning_hybrid.settings import Problem, Rule
@@ -20,13 +25,6 @@ def _architecture_knows_its_vocabulary(config: PlannedModelConfig) -> Problem | 
     return Problem("architecture", "must have vocab_size: a plan reads no tokenizer", given)
 
 
-def _plans_whole_models(config: PlannedModelConfig) -> Problem | None:
-    if config.adapter is None and config.critic_adapter is None:
-        return None
-    key = "critic_adapter" if config.adapter is None else "adapter"
-    return Problem(key, "a plan knows whole models only, which take more memory than adapters: leave it out", "given")
-
-
 def _at_most_one_source(config: PlannedRewardConfig) -> Problem | None:
     return one_reward_source(config) if sources_of(config) or config.terms else None
 
@@ -35,9 +33,8 @@ class PlannedModelConfig(PPOModelConfig):
     """The models of PPO, of which a plan reads the configurations only."""
 
     rules: ClassVar[tuple[Rule, ...]] = (
-        *(rule for rule in ModelConfig.rules if rule is not architecture_needs_tokenizer),
+        *(rule for rule in ModelConfig.rules if rule not in (architecture_needs_tokenizer, adapter_needs_weights)),
         _architecture_knows_its_vocabulary,
-        _plans_whole_models,
     )
 
 

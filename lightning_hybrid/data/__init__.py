@@ -9,7 +9,7 @@ from lightning_hybrid.data.checking import check_tokenizer, pad_id
 from lightning_hybrid.data.reading import Row, read_rows
 
 if TYPE_CHECKING:
-    from lightning_hybrid.data.datamodule import (
+    from lightning_hybrid.data.datamodules import (
         InstructionDataModule,
         PreferenceDataModule,
         PromptDataModule,
@@ -20,13 +20,13 @@ if TYPE_CHECKING:
 
 # What needs torch or lightning is imported when it is first used.
 _LAZY = {
-    "InstructionDataModule": "datamodule",
-    "PreferenceDataModule": "datamodule",
+    "InstructionDataModule": "datamodules",
+    "PreferenceDataModule": "datamodules",
     "PromptBatch": "prompts",
-    "PromptDataModule": "datamodule",
+    "PromptDataModule": "datamodules",
     "TaskFiles": "task",
     "TaskSizes": "task",
-    "UnpairedDataModule": "datamodule",
+    "UnpairedDataModule": "datamodules",
     "gold_score": "task",
     "task_reward": "task",
     "write_task": "task",

@@ -3,32 +3,24 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Sequence
-from itertools import cycle, islice
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from torch.utils.data import DistributedSampler
+from lightning_hybrid.data.dealing import DealtOrder
 
 POOL = 32  # batches whose texts are sorted among themselves: the rest of the order stays random
 
 
-class LikeLengths(DistributedSampler[int]):
+class LikeLengths(DealtOrder):
     """An order in which texts of like length stand together, drawn anew in each epoch, and one rank's share of it.
 
     All texts are shuffled and cut into pools; each pool is sorted by length and cut into global batches; the global
-    batches of all pools are shuffled. The order is dealt out to the ranks one index at a time, so that their batches of
-    one step are of like length too. It is a `DistributedSampler` because Lightning would deal any other one out in an
-    order of its own.
-
-    The order depends on the lengths, the seed and the number of the epoch alone, so that a resumed run repeats it.
+    batches of all pools are shuffled. So the batches of all ranks in one step are of like length too.
 
     Args:
         lengths: Tokens of each text.
         batch_size: Texts of one batch on each rank.
-        seed: Of the order.
-        epoch: Gives the number of the epoch.
-        ranks: That share the texts; where they do not come out even, the first ones are repeated.
-        rank: Whose share it is.
+        seed: As all others: see `DealtOrder`.
     """
 
     def __init__(
@@ -40,18 +32,12 @@ class LikeLengths(DistributedSampler[int]):
         ranks: int = 1,
         rank: int = 0,
     ) -> None:
-        super().__init__(lengths, num_replicas=ranks, rank=rank, shuffle=False, seed=seed)  # type: ignore[arg-type]
+        super().__init__(len(lengths), seed, epoch, ranks, rank)
         self.lengths = lengths
         self.global_batch = batch_size * ranks
-        self.number_of_epoch = epoch
 
-    def __iter__(self) -> Iterator[int]:
-        """The indices of one epoch."""
-        dealt = islice(cycle(self._order()), self.total_size)
-        return islice(dealt, self.rank, None, self.num_replicas)
-
-    def _order(self) -> list[int]:
-        epoch = self.number_of_epoch if isinstance(self.number_of_epoch, int) else self.number_of_epoch()
+    def order(self, epoch: int) -> list[int]:
+        """The indices of one epoch, for all ranks together."""
         draw, step = random.Random(f"{self.seed} {epoch} order"), self.global_batch
         order = list(range(len(self.lengths)))
         draw.shuffle(order)
@@ -64,7 +50,7 @@ class LikeLengths(DistributedSampler[int]):
         return [index for batch in (*batches, *last) for index in batch]
 
 
-def lengths_of(dataset: Sequence[Any]) -> list[int]:
+def lengths_of(dataset: Any) -> list[int]:
     """Tokens of each item of a data set."""
     known = getattr(dataset, "lengths", None)  # of a stream, which would read every row again
     return list(known) if known is not None else [len(dataset[index]) for index in range(len(dataset))]

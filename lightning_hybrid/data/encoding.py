@@ -161,6 +161,8 @@ class AnswerEncoder:
         left_out: Counter[str] = Counter()
         for row, place in zip(turns, where, strict=True):
             segments: list[Segment] = []
+            if row:
+                chat.require_template(place)
             try:
                 segments = render(row) if row else []
             except TemplateRefusal as refusal:

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from lightning_hybrid.data.checking import Dropped, Problems, text_field
+from lightning_hybrid.data.checking import Dropped, Problems
 from lightning_hybrid.data.conversation import Text, Turn, identity_of
 from lightning_hybrid.data.encoding import NOTHING, AnswerEncoder, EncodedText
+from lightning_hybrid.data.fields import text_field
 from lightning_hybrid.data.tokenizing import LengthRule, pad_batch, pad_masks
 
 if TYPE_CHECKING:

@@ -9,7 +9,8 @@ from typing import Any
 
 from lightning_hybrid.data.checking import Problems
 from lightning_hybrid.data.fingerprint import refuse_change, stamp
-from lightning_hybrid.data.reading import LINE_FORMATS, Manner, Row, UnreadableError
+from lightning_hybrid.data.parsing import LINE_FORMATS
+from lightning_hybrid.data.reading import Manner, Row, UnreadableError
 from lightning_hybrid.errors import DataError
 
 BLANK = b" \t\r\n"

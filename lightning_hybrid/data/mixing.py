@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import bisect
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset
+
+from lightning_hybrid.data.dealing import DealtOrder
+from lightning_hybrid.errors import DataError
 
 # Blocks of rows whose rows are shuffled among themselves; as many row groups of a Parquet file are held at once.
 WINDOW = 4
 
 
-class Order(Sampler[int]):
-    """The indices of an epoch, which depend on the seed and the number of the epoch alone.
-
-    So the order is the same for any number of ranks, which are dealt their shares of it, and a run that goes on in the
-    middle of an epoch repeats it.
+class Order(DealtOrder):
+    """The order of an epoch that mixes sources or reads blocks of rows, and one rank's share of it.
 
     With shares, every place of the epoch draws its source with these probabilities, and takes the next row of that
     source in the source's own shuffled order; a source that has no more rows begins again in a new order. An epoch has
@@ -32,8 +32,7 @@ class Order(Sampler[int]):
     Args:
         blocks: For each source the sizes of its blocks, in order; one block where any row is at hand at once.
         shares: Probabilities of the sources; None to take each row once.
-        seed: Of the order.
-        epoch: Gives the number of the epoch.
+        seed: As all others: see `DealtOrder`.
     """
 
     def __init__(
@@ -41,28 +40,25 @@ class Order(Sampler[int]):
         blocks: Sequence[Sequence[int]],
         shares: Sequence[float] | None,
         seed: int,
-        epoch: Callable[[], int],
+        epoch: Callable[[], int] | int = 0,
+        ranks: int = 1,
+        rank: int = 0,
     ) -> None:
         self.blocks = [list(sizes) for sizes in blocks]
         self.shares = None if shares is None else list(shares)
-        self.seed = seed
-        self.epoch = epoch
         self.sizes = [sum(sizes) for sizes in self.blocks]
+        super().__init__(sum(self.sizes), seed, epoch, ranks, rank)
 
-    def __len__(self) -> int:
-        """Number of rows of an epoch."""
-        return sum(self.sizes)
+    def order(self, epoch: int) -> list[int]:
+        """The indices of one epoch, into all sources one after the other, for all ranks together."""
+        return self._indices(epoch).tolist()
 
-    def __iter__(self) -> Iterator[int]:
-        """The indices, into all sources one after the other."""
-        return iter(self.indices(self.epoch()).tolist())
-
-    def indices(self, epoch: int) -> Tensor:
-        """The indices of one epoch, Long[N]."""
+    def _indices(self, epoch: int) -> Tensor:
+        """The same, Long[N]."""
         if self.shares is None:
             return _shuffled(sum(self.blocks, []), self._generator(f"{epoch}"))
         picks = self.picks(epoch)
-        order = torch.empty(len(self), dtype=torch.long)
+        order = torch.empty(self.count, dtype=torch.long)
         begin = 0
         for source, size in enumerate(self.sizes):
             places = picks == source
@@ -74,7 +70,7 @@ class Order(Sampler[int]):
         """Which source each place of an epoch draws, Long[N]."""
         assert self.shares is not None
         bounds = torch.tensor(list(accumulate(self.shares)), dtype=torch.float64)
-        draws = torch.rand(len(self), dtype=torch.float64, generator=self._generator(f"{epoch} sources"))
+        draws = torch.rand(self.count, dtype=torch.float64, generator=self._generator(f"{epoch} sources"))
         return torch.bucketize(draws, bounds / bounds[-1], right=True)
 
     def _rounds(self, source: int, count: int, epoch: int) -> Tensor:
@@ -123,13 +119,23 @@ class Joined(Dataset[Any]):
         return self._place(self.parts[part][inside], index)
 
 
+def refuse_empty_source(names: Sequence[str], datasets: Sequence[Any]) -> None:
+    """Raise a `DataError` where a source has no row that could be drawn."""
+    for name, dataset in zip(names, datasets, strict=True):
+        if not len(dataset):
+            raise DataError(
+                f"nothing of {name} is left to mix, as all its rows are dropped or kept for validation: "
+                "take it out of path and mix"
+            )
+
+
 def describe_mixture(names: Sequence[str], order: Order) -> str:
     """One line: of each source its share, its rows, and how often an epoch takes each."""
     assert order.shares is not None
     counts = torch.bincount(order.picks(0), minlength=len(names)).tolist()
     total = sum(order.shares)
     parts = [
-        f"{share / total:.1%} {name} ({count:,} of an epoch's {len(order):,} draws, {size:,} rows, each "
+        f"{share / total:.1%} {name} ({count:,} of an epoch's {order.count:,} draws, {size:,} rows, each "
         f"{count / size:.2f} times)"
         for name, share, count, size in zip(names, order.shares, counts, order.sizes, strict=True)
     ]

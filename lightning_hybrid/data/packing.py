@@ -12,11 +12,14 @@ from typing import TYPE_CHECKING
 
 from torch.utils.data import Dataset
 
+from lightning_hybrid.data.balancing import lengths_of
 from lightning_hybrid.data.encoding import EncodedText
 from lightning_hybrid.data.tokenizing import pad_batch, pad_masks
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from lightning_hybrid.data.streaming import StreamedDataset
 
 Row = list[EncodedText]
 
@@ -59,14 +62,13 @@ class PackedDataset(Dataset[Row]):
     """Texts, several to a row.
 
     Args:
-        texts: Each at most ``room`` tokens long.
+        texts: Each at most ``room`` tokens long; of a stream, none is read before its row is asked for.
         room: Tokens of a row.
     """
 
-    def __init__(self, texts: Sequence[EncodedText], room: int) -> None:
+    def __init__(self, texts: Sequence[EncodedText] | StreamedDataset, room: int) -> None:
         self.texts = texts
-        self.room = room
-        self.rows = pack([len(text) for text in texts], room)
+        self.rows = pack(lengths_of(texts), room)
 
     def __len__(self) -> int:
         """Number of rows."""
@@ -75,11 +77,6 @@ class PackedDataset(Dataset[Row]):
     def __getitem__(self, index: int) -> Row:
         """The texts of one row."""
         return [self.texts[i] for i in self.rows[index]]
-
-    @property
-    def filled(self) -> float:
-        """Share of the rows' room that holds tokens."""
-        return sum(len(text) for text in self.texts) / (len(self.rows) * self.room)
 
 
 def collate_packed(rows: Sequence[Row], fill: int) -> dict[str, Tensor]:

@@ -10,15 +10,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils.data import Dataset
 
-from lightning_hybrid.data.checking import (
-    Dropped,
-    Problems,
-    label_field,
-    number_field,
-    text_field,
-)
+from lightning_hybrid.data.checking import Dropped, Problems
 from lightning_hybrid.data.conversation import Text, identity_of
 from lightning_hybrid.data.encoding import AnswerEncoder, EncodedText
+from lightning_hybrid.data.fields import label_field, number_field, text_field
 from lightning_hybrid.data.instructions import collate_instructions
 from lightning_hybrid.data.tokenizing import LengthRule
 from lightning_hybrid.errors import DataError
@@ -202,23 +197,20 @@ def encode_preferences(
     """
     kept, problems = [], Problems(dropped.source)
     where = [example.where for example in examples]
-    sides = [
-        encoder.answers.answers([(x.prompt, x.chosen) for x in examples], where, problems),
-        encoder.answers.answers([(x.prompt, x.rejected) for x in examples], where, problems),
-    ]
+    chosen = encoder.answers.answers([(x.prompt, x.chosen) for x in examples], where, problems)
+    problems.raise_if_any()  # what is wrong with a prompt is wrong on both sides
+    rejected = encoder.answers.answers([(x.prompt, x.rejected) for x in examples], where, problems)
     problems.raise_if_any()
-    for example, chosen, rejected in zip(examples, *sides, strict=True):
-        if not chosen.ids or not rejected.ids:
+    for example, better, worse in zip(examples, chosen, rejected, strict=True):
+        whole = EncodedPreference(better, worse, example.margin)
+        if not better.ids or not worse.ids:
             dropped.add("with an empty text")
-            continue
-        whole = EncodedPreference(chosen, rejected, example.margin)
-        if not encoder.rule.keeps(len(whole), example.where, dropped, problems):
-            continue
-        pair = replace(whole, chosen=encoder.cut(chosen), rejected=encoder.cut(rejected))
-        if pair.chosen.ids == pair.rejected.ids:
-            dropped.add("with the same tokens in both texts")
-            continue
-        kept.append(pair)
+        elif encoder.rule.keeps(len(whole), example.where, dropped, problems):
+            pair = replace(whole, chosen=encoder.cut(better), rejected=encoder.cut(worse))
+            if pair.chosen.ids == pair.rejected.ids:
+                dropped.add("with the same tokens in both texts")
+            else:
+                kept.append(pair)
     problems.raise_if_any()
     dropped.report()
     return kept

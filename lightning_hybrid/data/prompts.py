@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, TypedDict
 
-from lightning_hybrid.data.checking import Dropped, Problems, notice, text_field
+from lightning_hybrid.data.checking import Dropped, Problems, notice
 from lightning_hybrid.data.conversation import Text, identity_of
 from lightning_hybrid.data.encoding import AnswerEncoder
+from lightning_hybrid.data.fields import text_field
 from lightning_hybrid.data.tokenizing import LengthRule, keep_end
 
 if TYPE_CHECKING:

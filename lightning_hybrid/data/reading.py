@@ -5,24 +5,18 @@ Text files are read here; `lightning_hybrid.data.tables` reads Parquet, Arrow an
 
 from __future__ import annotations
 
-import csv
 import gzip
-import io
-import json
 import os
 import re
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Literal
 
 from lightning_hybrid.data.checking import Problems
+from lightning_hybrid.data.parsing import PARSERS, Parsed
 
 Format = Literal["auto", "jsonl", "json", "csv", "lines", "labelled_lines", "parquet", "arrow"]
-Found = Iterator["tuple[int, dict[str, object] | str]"]
-"""What a parser yields: the line (from 1) and either the fields of a row or what is wrong with it."""
-
 _SUFFIXES = {
     ".jsonl": "jsonl",
     ".json": "json",
@@ -35,7 +29,6 @@ TABLES = ("parquet", "arrow", "saved", "hub")
 """Kinds of sources that are no text: two formats, a folder of `Dataset.save_to_disk`, and a name on the hub."""
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]*[\w-]")
 _SAVED = ("state.json", "dataset_dict.json")
-_LABELLED = re.compile(r"([+-]?[0-9]{1,9})[ \t]+(.*)", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -140,7 +133,7 @@ def _read_file(name: str, manner: Manner, problems: Problems) -> list[Row]:
 
             rows = [row for _, row in open_table(name, kind, manner).good_rows(problems)]
         else:
-            rows = list(_read_text(name, _PARSERS[kind], manner.encoding, problems))
+            rows = list(_read_text(name, PARSERS[kind], manner.encoding, problems))
     except UnreadableError as error:
         problems.add(name, str(error))
         return []
@@ -149,7 +142,7 @@ def _read_file(name: str, manner: Manner, problems: Problems) -> list[Row]:
     return rows
 
 
-def _read_text(name: str, parse: Callable[[str], Found], encoding: str, problems: Problems) -> Iterator[Row]:
+def _read_text(name: str, parse: Callable[[str], Parsed], encoding: str, problems: Problems) -> Iterator[Row]:
     for line, found in parse(_decode(_read_bytes(name), encoding)):
         if isinstance(found, str):
             problems.add(f"{name}:{line}", found)
@@ -167,8 +160,8 @@ def kind_of(name: str, format: str) -> str:
     Raises:
         UnreadableError: If it cannot be told, or nothing can be read from there.
     """
-    known = ", ".join([*_PARSERS, "parquet", "arrow"])
-    if format not in ("auto", "parquet", "arrow", *_PARSERS):
+    known = ", ".join([*PARSERS, "parquet", "arrow"])
+    if format not in ("auto", "parquet", "arrow", *PARSERS):
         raise UnreadableError(f"unknown format {format!r}; known are auto, {known}")
     if os.path.isdir(name):
         if not any(os.path.exists(os.path.join(name, file)) for file in _SAVED):
@@ -207,113 +200,3 @@ def _decode(content: bytes, encoding: str) -> str:
     if not text.strip():
         raise UnreadableError("the file is empty")
     return text.removeprefix("\ufeff")
-
-
-def _as_object(content: str) -> dict[str, object] | str:
-    try:
-        value = json.loads(content)
-    except (ValueError, RecursionError) as error:  # ValueError: also an integer of thousands of digits
-        return f"not valid JSON: {error}"
-    return _named(value)
-
-
-def _named(value: object) -> dict[str, object] | str:
-    if isinstance(value, dict):
-        return value
-    return f"expected an object with named fields, found {type(value).__name__}"
-
-
-def _json(text: str) -> Found:
-    try:
-        whole = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        yield getattr(error, "lineno", 1), f"not valid JSON: {error}; for one object a line set format to jsonl"
-        return
-    if not isinstance(whole, list):
-        yield 1, f"expected a list of objects, found {type(whole).__name__}"
-        return
-    for line, item in zip(_item_lines(text, len(whole)), whole, strict=True):
-        yield line, _named(item)
-
-
-def _item_lines(text: str, count: int) -> Iterator[int]:
-    """Yield the line on which each item of a valid JSON list begins."""
-    decoder, gap = json.JSONDecoder(), re.compile(r"[\s,]*")
-    line, start, end = 1, 0, text.index("[") + 1
-    for _ in range(count):
-        matched = gap.match(text, end)
-        begin = matched.end() if matched else end
-        line, start = line + text.count("\n", start, begin), begin
-        yield line
-        _, end = decoder.raw_decode(text, begin)
-
-
-def _csv(text: str) -> Found:
-    # strict: a quote that is never closed would otherwise swallow the rest of the file into one field
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
-    header: list[str] | None = None
-    while True:
-        line = reader.line_num + 1
-        try:
-            values = next(reader, None)
-        except csv.Error as error:
-            yield line, f"not valid CSV: {error}"
-            return
-        if values is None:
-            return
-        if not values:
-            continue
-        if header is not None:
-            yield line, _record(header, values)
-        elif len(set(values)) < len(values):
-            yield line, f"the header names a column twice: {', '.join(values)}"
-            return
-        else:
-            header = values
-
-
-def _record(header: list[str], values: list[str]) -> dict[str, object] | str:
-    if len(values) != len(header):
-        return f"{len(values)} fields, but the header has {len(header)}"
-    return dict(zip(header, values, strict=True))
-
-
-def _as_text(content: str) -> dict[str, object] | str:
-    return {"text": content}
-
-
-def _as_labelled_text(content: str) -> dict[str, object] | str:
-    matched = _LABELLED.fullmatch(content)
-    if matched is None:
-        return f"expected 'label text' with an integer label, found {ascii(content[:40])}"
-    return {"text": matched[2], "label": int(matched[1])}
-
-
-LINE_FORMATS: dict[str, Callable[[str], dict[str, object] | str]] = {
-    "jsonl": _as_object,
-    "lines": _as_text,
-    "labelled_lines": _as_labelled_text,
-}
-"""Formats with one row a line: what makes the fields of a line, or says what is wrong with it."""
-
-
-def _by_line(parse: Callable[[str], dict[str, object] | str], text: str) -> Found:
-    for line, content in _numbered(text):
-        yield line, parse(content)
-
-
-def _numbered(text: str) -> Iterator[tuple[int, str]]:
-    # Only "\n": str.splitlines would also cut at U+2028 or at latin-1's 0x85, which occur inside real sentences.
-    for line, content in enumerate(text.split("\n"), start=1):
-        stripped = content.strip(" \t\r")
-        if stripped:
-            yield line, stripped
-
-
-_PARSERS: dict[str, Callable[[str], Found]] = {
-    "jsonl": partial(_by_line, _as_object),
-    "json": _json,
-    "csv": _csv,
-    "lines": partial(_by_line, _as_text),
-    "labelled_lines": partial(_by_line, _as_labelled_text),
-}

@@ -173,10 +173,10 @@ def _refuse_ambiguity(row: Row, fitting: list[Schema]) -> None:
     if len(fitting) == 1:
         return
     listed = "\n".join(_line(schema, row, row.where) for schema in fitting)
-    choices = " or ".join(f"schema={schema.name}" for schema in fitting)
+    choices = " or ".join(schema.name for schema in fitting)
     raise DataError(
         f"{row.file}: its columns fit {len(fitting)} schemas:\n{listed}\n"
-        f"choose one: {choices}; or schema=keys, with the settings that name columns"
+        f"set schema (data.schema on the command line) to {choices}; or to keys, with the settings that name columns"
     )
 
 

@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
-from lightning_hybrid.data.checking import Problems, label_field, number_field, text_field
+from lightning_hybrid.data.checking import Problems
 from lightning_hybrid.data.conversation import Text, Turn
+from lightning_hybrid.data.fields import label_field, number_field, text_field
 from lightning_hybrid.data.instructions import Dialogue, Instruction
 from lightning_hybrid.data.pairs import is_transcript, part_texts, part_turns
 from lightning_hybrid.data.preferences import LabelledResponse, Preference
 from lightning_hybrid.data.prompts import Prompt
 from lightning_hybrid.data.reading import Row
 from lightning_hybrid.data.recognition import ADDED_PROMPTS, Recogniser, Schema
-from lightning_hybrid.data.turns import text_or_turns, turns_field, with_system
+from lightning_hybrid.data.turns import quotes_tools, text_or_turns, turns_field, with_system
 
 Example = TypeVar("Example")
 ANSWERS = {"response", "completion", "answer", "output", "output_1", "output_2", "label"}
@@ -51,7 +52,7 @@ def instructions_of(
 
     def convert(row: Row, schema: Schema) -> Instruction | Dialogue:
         if schema.name in ("messages", "sharegpt"):
-            said = with_system(row, turns_field(row, schema.column(0, row.fields), problems), problems)
+            said = with_system(row, turns_field(row, schema.column(0, row.fields), problems), schema.may, problems)
             return _dialogue(() if isinstance(said, str) else said, row)
         prompt = _prompt_text(row, schema, recogniser, problems)
         answer = text_or_turns(row, schema.column(1, row.fields), problems)
@@ -113,6 +114,8 @@ def _examples(
     found: list[Example] = []
     for row in rows:
         schema = recogniser.schema_of(row)
+        if schema is not None and quotes_tools(row, schema.may):
+            recogniser.note(row, "whose tools are quoted in the system turn (the chat template gets no list of them)")
         found += by_keys([row]) if schema is None else [convert(row, schema)]
     return found
 
@@ -125,10 +128,11 @@ def _prompt_text(row: Row, schema: Schema, recogniser: Recogniser, problems: Pro
         return _pair(row, schema, recogniser, problems)[0]
     key = schema.column(0, row.fields)
     if schema.name in ("messages", "sharegpt"):
-        return with_system(row, _before_the_last_answer(row, turns_field(row, key, problems), problems), problems)
+        asked = _before_the_last_answer(row, turns_field(row, key, problems), problems)
+        return with_system(row, asked, schema.may, problems)
     if schema.name == "alpaca":
-        return with_system(row, _with_input(row, problems), problems)
-    return with_system(row, text_or_turns(row, key, problems), problems)
+        return with_system(row, _with_input(row, problems), schema.may, problems)
+    return with_system(row, text_or_turns(row, key, problems), schema.may, problems)
 
 
 def _before_the_last_answer(row: Row, turns: tuple[Turn, ...], problems: Problems) -> tuple[Turn, ...]:
@@ -151,21 +155,21 @@ def _with_input(row: Row, problems: Problems) -> str:
 def _pair(row: Row, schema: Schema, recogniser: Recogniser, problems: Problems) -> tuple[Text, str, str]:
     """The prompt, the better and the worse answer."""
     if schema.name == "two_outputs":
-        prompt = with_system(row, text_or_turns(row, schema.column(0, row.fields), problems), problems)
+        prompt = with_system(row, text_or_turns(row, schema.column(0, row.fields), problems), schema.may, problems)
         return prompt, *_better_first(row, problems)
     if schema.name == "sharegpt_pairs":
-        prompt = with_system(row, turns_field(row, "conversations", problems), problems)
+        prompt = with_system(row, turns_field(row, "conversations", problems), schema.may, problems)
         return prompt, _one_answer(row, "chosen", problems), _one_answer(row, "rejected", problems)
-    given = _given_prompt(row, problems)
+    given = _given_prompt(row, schema, problems)
     if all(isinstance(row.fields.get(key), list | tuple) for key in ("chosen", "rejected")):
-        return _pair_of_conversations(row, given, problems)
+        return _pair_of_conversations(row, schema, given, problems)
     chosen, rejected = text_field(row, "chosen", problems), text_field(row, "rejected", problems)
     if given:
         return _without_repeated_prompt(row, given, chosen, rejected, recogniser)
     prompt, chosen, rejected = part_texts(chosen, rejected)
     kind = "transcripts parted at their last shared 'Assistant:'" if is_transcript(prompt) else "of no named prompt"
     recogniser.note(row, kind)
-    return with_system(row, prompt, problems) if prompt else prompt, chosen, rejected
+    return with_system(row, prompt, schema.may, problems) if prompt else prompt, chosen, rejected
 
 
 def _better_first(row: Row, problems: Problems) -> tuple[str, str]:
@@ -176,12 +180,12 @@ def _better_first(row: Row, problems: Problems) -> tuple[str, str]:
     return (one, two) if label in (1, "1") else (two, one)
 
 
-def _given_prompt(row: Row, problems: Problems) -> Text:
+def _given_prompt(row: Row, schema: Schema, problems: Problems) -> Text:
     """The prompt that has a column of its own; empty where none has."""
     if row.fields.get("instruction") is not None and row.fields.get("prompt") is None:
-        return with_system(row, _with_input(row, problems), problems)
+        return with_system(row, _with_input(row, problems), schema.may, problems)
     key = next((name for name in ADDED_PROMPTS if row.fields.get(name) is not None), None)
-    return "" if key is None else with_system(row, text_or_turns(row, key, problems), problems)
+    return "" if key is None else with_system(row, text_or_turns(row, key, problems), schema.may, problems)
 
 
 def _without_repeated_prompt(
@@ -195,14 +199,14 @@ def _without_repeated_prompt(
     return prompt, chosen, rejected
 
 
-def _pair_of_conversations(row: Row, given: Text, problems: Problems) -> tuple[Text, str, str]:
+def _pair_of_conversations(row: Row, schema: Schema, given: Text, problems: Problems) -> tuple[Text, str, str]:
     """The prompt is what both conversations share, or the one of its own column, where they have an answer only."""
     sides = (turns_field(row, "chosen", problems), turns_field(row, "rejected", problems))
     prompt, chosen, rejected = part_turns(*sides)
     if any(len(rest) != 1 or rest[0].role != "assistant" for rest in (chosen, rejected)):
         problems.add(row.where, "'chosen' and 'rejected' must differ in their last turn only, the assistant's answer")
         return "", "", ""
-    text = with_system(row, prompt, problems) if prompt else given
+    text = with_system(row, prompt, schema.may, problems) if prompt else given
     return text, chosen[0].content, rejected[0].content
 
 

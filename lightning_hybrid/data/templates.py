@@ -117,17 +117,23 @@ class Chat:
 
     @cached_property
     def template(self) -> str:
-        """The template's text.
+        """The template's text."""
+        return str(self.tokenizer.get_chat_template())
+
+    def require_template(self, where: str) -> None:
+        """Raise where there is none.
+
+        Args:
+            where: ``file:line`` of a row that needs it.
 
         Raises:
-            DataError: If the tokenizer has none.
+            DataError: If the tokenizer has no template.
         """
         if not self.tokenizer.chat_template:
             raise DataError(
-                "the rows are conversations, but the tokenizer has no chat template: set template to "
-                f"{' or '.join(SHIPPED)}, or to a jinja file"
+                f"{where}: a conversation, or made one by chat=true, but the tokenizer has no chat template: set "
+                f"template to {' or '.join(SHIPPED)}, or to a jinja file"
             )
-        return str(self.tokenizer.get_chat_template())
 
     @cached_property
     def marked(self) -> bool:
@@ -186,8 +192,13 @@ class Chat:
         return (Turn("user", f"{system.content}\n\n{rest[0].content}"), *rest[1:])
 
     def _render(self, turns: Turns, *, opened: bool = False) -> tuple[str, list[Span]]:
-        """The text, and where in it the markers stand."""
-        from jinja2 import TemplateError
+        """The text, and where in it the markers stand.
+
+        Raises:
+            TemplateRefusal: If the template makes no text of these turns.
+            DataError: If it makes none of any.
+        """
+        from jinja2 import TemplateError, TemplateSyntaxError
         from transformers.utils.chat_template_utils import render_jinja_template
 
         template = self.template
@@ -199,6 +210,8 @@ class Chat:
                 add_generation_prompt=opened,
                 **dict[str, Any](self.tokenizer.special_tokens_map),
             )
+        except TemplateSyntaxError as error:
+            raise DataError(f"{_INVALID}, line {error.lineno}: {error.message}; mend it, {_OTHERWISE}") from error
         except (TemplateError, TypeError, ValueError, LookupError) as error:
             raise TemplateRefusal(_refused(turns, error)) from error
         (text,), spans = rendered
@@ -229,9 +242,11 @@ class Chat:
         return [(begin, end) for begin, end in kept if end > begin]
 
 
+_OTHERWISE = "or set template to another one"
+_INVALID = "the chat template is no valid jinja"
 _UNMARKED = (
     "and the chat template has no generation markers to tell what the assistant says: put {% generation %} and "
-    "{% endgeneration %} around it, or set template to another one"
+    f"{{% endgeneration %}} around it, {_OTHERWISE}"
 )
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import reprlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from lightning_hybrid.data.checking import Problems, surrogate_problem, text_field
+from lightning_hybrid.data.checking import Problems
 from lightning_hybrid.data.conversation import Role, Text, Turn, leading_system
+from lightning_hybrid.data.fields import surrogate_problem, text_field
 
 if TYPE_CHECKING:
     from lightning_hybrid.data.reading import Row
@@ -26,6 +27,8 @@ ROLES: dict[str, Role] = {
     "function_response": "tool",
     "observation": "tool",
 }
+
+NO_TOOLS = ("[]", "{}", "null")
 
 
 def turns_field(row: Row, key: str, problems: Problems) -> tuple[Turn, ...]:
@@ -55,9 +58,13 @@ def text_or_turns(row: Row, key: str, problems: Problems) -> Text:
     return text_field(row, key, problems)
 
 
-def with_system(row: Row, text: Text, problems: Problems) -> Text:
-    """Put the columns ``system`` and ``tools``, where the row has them, in front as what the system says."""
-    parts = [part for key in ("system", "tools") if (part := _instruction(row, key, problems)).strip()]
+def with_system(row: Row, text: Text, columns: Collection[str], problems: Problems) -> Text:
+    """Put what stands under ``system`` and ``tools``, where ``columns`` counts them, in front as what the system says.
+
+    Tools are quoted as they are written: a chat template gets no list of them.
+    """
+    parts = [_said_first(row, key, problems) for key in ("system", "tools") if key in columns]
+    parts = [part for part in parts if part]
     if not parts:
         return text
     if not isinstance(text, str) and text and text[0].role == "system":
@@ -65,13 +72,18 @@ def with_system(row: Row, text: Text, problems: Problems) -> Text:
     return leading_system(text, "\n\n".join(parts))
 
 
-def _instruction(row: Row, key: str, problems: Problems) -> str:
+def quotes_tools(row: Row, columns: Collection[str]) -> bool:
+    """Whether :func:`with_system` puts tools of a row into its system turn."""
+    return "tools" in columns and bool(_said_first(row, "tools", Problems(row.where)))
+
+
+def _said_first(row: Row, key: str, problems: Problems) -> str:
     value = row.fields.get(key)
     if value is None:
         return ""
-    if key == "tools" and isinstance(value, list | dict):
-        return json.dumps(value, ensure_ascii=False) if value else ""
-    return text_field(row, key, problems)
+    listed = key == "tools" and isinstance(value, list | dict)
+    said = json.dumps(value, ensure_ascii=False) if listed else text_field(row, key, problems)
+    return "" if not said.strip() or (key == "tools" and said.strip() in NO_TOOLS) else said
 
 
 def _items(value: object) -> Sequence[object]:

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from lightning_hybrid.data.checking import Dropped, Problems, label_field, text_field
+from lightning_hybrid.data.checking import Dropped, Problems
 from lightning_hybrid.data.encoding import EncodedText
+from lightning_hybrid.data.fields import label_field, text_field
 from lightning_hybrid.data.instructions import collate_instructions
 from lightning_hybrid.data.preferences import LabelledResponse, TextEncoder
 from lightning_hybrid.errors import DataError

@@ -31,8 +31,4 @@ def adapted(model: Any, config: AdapterConfig | None) -> Any:
         target_modules=config.target_modules,
         fan_in_fan_out=any(type(module).__name__ == "Conv1D" for module in model.modules()),
     )
-    dtype = model.dtype
-    around = wrapped(model, settings)
-    for parameter in around.parameters():  # peft makes adapters in fp32, and engines cast them
-        parameter.data = parameter.data.to(dtype)
-    return around
+    return wrapped(model, settings)

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from lightning_hybrid.config import validate
 from lightning_hybrid.config.plan import PlanRun
 from lightning_hybrid.errors import LightningHybridError
+from lightning_hybrid.plan.changes import Change, changes
 from lightning_hybrid.plan.phases import Plan, make_plan
-
-Change = tuple[tuple[str, Any], ...]
 
 
 @dataclass(frozen=True)
@@ -22,97 +20,67 @@ class Advice:
         overrides: as the command line takes them.
         saved: bytes that the worst phase takes less.
         plan: of the run with the change.
+        costs: what of the result the change changes; empty where that stays the same.
     """
 
     overrides: tuple[str, ...]
     saved: int
     plan: Plan
+    costs: tuple[str, ...] = ()
 
 
 def advise(plan: Plan) -> list[Advice]:
-    """Changes that save something, the largest first; last, where no single one is enough, several together."""
-    found = [result for change in _changes(plan) if (result := _tried(plan, change)) is not None]
+    """Changes that save something, the largest first; last, where no single one is enough, several together.
+
+    Those together leave the result as it is, unless it does not fit without.
+    """
+    found = [result for change in changes(plan) if (result := _tried(plan, change)) is not None]
     singles = sorted((advice for _, advice in found), key=lambda advice: -advice.saved)
-    if plan.fits or any(advice.plan.fits for advice in singles):
+    if plan.fits or any(advice.plan.fits and not advice.costs for advice in singles):
         return singles
     together = _together(plan)
     return singles if together is None else [*singles, together]
 
 
 def _together(plan: Plan) -> Advice | None:
-    """Take, again and again, the change that saves most, until it fits or nothing saves anything."""
-    current = plan
-    taken: Change = ()
+    """Take, again and again, the change that saves most, until it fits or nothing saves anything.
+
+    What changes the result is taken only where nothing else saves anything.
+    """
+    current, taken = plan, Change((), ())
     while not current.fits:
-        tried = [result for change in _changes(current) if (result := _tried(current, change)) is not None]
-        if not tried:
+        possible = [*changes(current)]
+        free = _best(current, [change for change in possible if not change.costs])
+        best = free or _best(current, [change for change in possible if change.costs])
+        if best is None:
             break
-        change, advice = max(tried, key=lambda result: result[1].saved)
-        current, taken = advice.plan, _merged(taken, change)
-    return None if len(taken) < 2 else Advice(_overrides(taken), plan.peak - current.peak, current)
+        change, advice = best
+        current, taken = advice.plan, taken + change
+    return None if len(taken.values) < 2 else Advice(taken.overrides, plan.peak - current.peak, current, taken.costs)
 
 
-def _merged(taken: Change, change: Change) -> Change:
-    return tuple((dict(taken) | dict(change)).items())
+def _best(plan: Plan, possible: list[Change]) -> tuple[Change, Advice] | None:
+    tried = [result for change in possible if (result := _tried(plan, change)) is not None]
+    return max(tried, key=lambda result: result[1].saved, default=None)
 
 
 def _tried(plan: Plan, change: Change) -> tuple[Change, Advice] | None:
     """The plan with a change; None where it is not allowed or saves nothing worth saying."""
     values = plan.setup.run.model_dump()
-    for key, value in change:
-        *groups, name = key.split(".")
-        group = values
-        for part in groups:
-            group = group.setdefault(part, {})
-        group[name] = value
+    for key, value in change.values:
+        _put(values, key, value)
     try:
         changed = make_plan(validate(PlanRun, values))
     except LightningHybridError:
         return None
     saved = plan.peak - changed.peak
-    return (change, Advice(_overrides(change), saved, changed)) if saved > plan.device / 1000 else None
+    if saved <= plan.device / 1000:
+        return None
+    return change, Advice(change.overrides, saved, changed, change.costs)
 
 
-def _overrides(change: Change) -> tuple[str, ...]:
-    return tuple(f"{key.removesuffix('.name')}={_written(value)}" for key, value in change)
-
-
-def _written(value: Any) -> str:
-    """As YAML has it."""
-    return str(value).lower() if isinstance(value, bool) else str(value)
-
-
-def _changes(plan: Plan) -> Iterator[Change]:
-    run = plan.setup.run
-    for name, awake in run.strategy.sleep.model_dump().items():
-        if not awake:
-            yield ((f"strategy.sleep.{name}", True),)
-    yield from _of_strategy(plan)
-    if run.algorithm.micro_batch_size > 1:
-        yield (("algorithm.micro_batch_size", max(1, plan.setup.micro_batch // 2)),)
-    if run.algorithm.logprob_chunk > 64:
-        yield (("algorithm.logprob_chunk", run.algorithm.logprob_chunk // 4),)
-    if plan.cache.slots > 1:
-        yield (("rollout.max_tokens_in_flight", plan.cache.slots // 2 * plan.cache.capacity),)
-    if plan.setup.stage > 0 and plan.setup.bucket > 50_000_000:
-        yield (("strategy.config.zero_optimization.reduce_bucket_size", 50_000_000),)
-
-
-def _of_strategy(plan: Plan) -> Iterator[Change]:
-    setup, engine = plan.setup, plan.setup.run.strategy.hybrid_engine
-    if not setup.run.strategy.config.get("zero_optimization", {}).keys() & {"stage", "offload_optimizer"}:
-        for stage in range(setup.stage + 1, 4):
-            yield (("strategy.name", f"hybrid_deepspeed_stage_{stage}"),)
-        if not setup.offloads_optimizer and not setup.on_cpu and setup.stage > 0:
-            yield (("strategy.name", f"hybrid_deepspeed_stage_{max(2, setup.stage)}_offload"),)
-    if not engine.release_inference_cache:
-        yield (("strategy.hybrid_engine.release_inference_cache", True),)
-    if setup.stage < 3:
-        return
-    if engine.pin_parameters and engine.inference_tp_size == 1:
-        yield (("strategy.hybrid_engine.pin_parameters", False),)
-    if engine.tp_gather_partition_size > 1 and engine.inference_tp_size > 1:
-        yield (("strategy.hybrid_engine.tp_gather_partition_size", 1),)
-    for size in (2, 4, 8):
-        if size > engine.inference_tp_size:
-            yield (("strategy.hybrid_engine.inference_tp_size", size),)
+def _put(values: dict[str, Any], key: str, value: Any) -> None:
+    *groups, name = key.split(".")
+    for part in groups:
+        values = values.setdefault(part, {})
+    values[name] = value

@@ -67,7 +67,7 @@ def cache_of(setup: Setup, free: int) -> Cache:
     dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     capacity = capacity_of(setup.prompt, setup.run.rollout.max_new_tokens)
     one = KVCache.bytes_per_slot(config.num_hidden_layers, _key_heads(setup), capacity, dim, setup.dtype)
-    rows, budget = setup.run.data.batch_size * engine.inference_tp_size, setup.run.rollout.max_tokens_in_flight
+    rows, budget = setup.rows * engine.inference_tp_size, setup.run.rollout.max_tokens_in_flight
     if budget is not None:
         slots = min(rows, budget // capacity)
     else:

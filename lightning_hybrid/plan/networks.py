@@ -10,14 +10,16 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_hybrid.config import TrainedRoleConfig
 from lightning_hybrid.config.adapters import AdapterConfig
 from lightning_hybrid.containers import FAMILIES, reason_without_container, units
+from lightning_hybrid.engines.build import cast_parameters
 from lightning_hybrid.models import Policy, ScalarModel, max_positions
 from lightning_hybrid.modules.roles import prepare_for_training
 from lightning_hybrid.plan.adapted import NF4_BYTES, adapted
+from lightning_hybrid.rewards.classifier import usable_positions
 from lightning_hybrid.rewards.learned import TEXTS_AT_ONCE
 
 ROLES = ("actor", "critic", "reference", "reward")
@@ -74,6 +76,15 @@ class Network:
 
     def build(self) -> nn.Module:
         """The module, inside :func:`without_memory`."""
+        from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+        # Modules cannot be converted, as peft does, once their tensors have storages that are not there.
+        with unset_fake_temporarily(), torch.device("meta"):
+            module = self._shaped()
+            cast_parameters(module, self.dtype)  # peft makes adapters in fp32, and engines cast them
+        return _with_storages(module)
+
+    def _shaped(self) -> nn.Module:
         from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
         config = copy.deepcopy(self.config)  # models write into theirs
@@ -83,7 +94,7 @@ class Network:
             return classifier
         if self.scalar:
             config.num_labels = 1
-        auto = AutoModelForSequenceClassification if self.scalar else AutoModelForCausalLM
+        auto: Any = AutoModelForSequenceClassification if self.scalar else AutoModelForCausalLM
         model = adapted(auto.from_config(config, dtype=self.dtype), self.adapter)
         module = ScalarModel(model) if self.scalar else Policy(model)
         prepare_for_training(module, self.settings)
@@ -162,6 +173,11 @@ class Network:
         return max_positions(self.config)
 
     @cached_property
+    def readable(self) -> int | None:
+        """Tokens that a text may have; None for no limit."""
+        return usable_positions(self.module) if self.replicated else self.positions
+
+    @cached_property
     def reason_without_container(self) -> str | None:
         """Why generation cannot read its weights through a container; None where it can."""
         return reason_without_container(self.module.model, 1)
@@ -175,6 +191,23 @@ class Network:
 
 
 _BUILT: dict[Any, nn.Module] = {}
+
+
+def _with_storages(module: nn.Module) -> nn.Module:
+    """The module with tensors of the kind that :func:`without_memory` makes, tied ones still tied."""
+    made: dict[int, Tensor] = {}
+    for part in module.modules():
+        held: Any
+        for held in (part._parameters, part._buffers):
+            for name, tensor in held.items():
+                if tensor is not None:
+                    held[name] = made.setdefault(id(tensor), _like(tensor))
+    return module
+
+
+def _like(tensor: Tensor) -> Any:
+    made = torch.empty(tensor.shape, dtype=tensor.dtype)
+    return nn.Parameter(made, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else made
 
 
 def _lists_by_layer(config: Any) -> list[str]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from lightning_hybrid.config.plan import PlanRun
+from lightning_hybrid.plan.experience import experience, last_rollout, rollout
 from lightning_hybrid.plan.generation import (
     Cache,
     cache_of,
@@ -79,14 +80,13 @@ def make_plan(run: PlanRun) -> Plan:
     cache = cache_of(setup, device - moment("", generate, [extra]).bytes())
     kept = [Held("actor", "KV cache", cache.bytes), *tokens_seen(setup, cache)]
     generate = [*generate, extra, *kept]
-    if run.strategy.sleep.kv_cache:
-        kept = []
+    given_up = run.strategy.sleep.kv_cache or run.strategy.hybrid_engine.release_inference_cache
     moments = {
         GENERATE: (
-            moment("reading prompts", generate, reading_prompts(setup, cache)),
-            moment("drawing tokens", generate, drawing_tokens(setup, cache)),
+            moment("reading prompts", generate, last_rollout(setup), reading_prompts(setup, cache)),
+            moment("drawing tokens", generate, rollout(setup), drawing_tokens(setup, cache)),
         ),
-        SCORE: tuple(scoring(setup, kept)),
-        TRAIN: tuple(training(setup, [] if run.strategy.hybrid_engine.release_inference_cache else kept)),
+        SCORE: tuple(scoring(setup, kept, experience(setup))),
+        TRAIN: tuple(training(setup, ([] if given_up else kept) + experience(setup))),
     }
     return Plan(setup, device, cache, moments)

@@ -11,6 +11,7 @@ from torch import nn
 from lightning_hybrid.config.plan import PlanRun
 from lightning_hybrid.config.reward import ClassifierConfig, RewardTermConfig
 from lightning_hybrid.errors import ConfigError
+from lightning_hybrid.models.adapter_folder import base_of_adapter, is_adapter_folder
 from lightning_hybrid.models.loading import why_not_loaded
 from lightning_hybrid.plan.networks import Network
 
@@ -40,7 +41,7 @@ def _policy_config(run: PlanRun) -> Any:
 
 
 def _critic_config(run: PlanRun, actor: Network, rewards: list[Network]) -> Any:
-    """What was given; else that of a reward model, if it is the reward and reads the policy's tokens; else the policy's.
+    """What was given; else that of the one reward model, if it reads the policy's tokens; else the policy's.
 
     Tokenizers are not read: vocabularies of one size are taken for the same.
     """
@@ -76,9 +77,11 @@ def _vocabulary(config: Any) -> int:
 
 
 def _read_config(path: str) -> Any:
-    """The configuration in a folder or on the hub; nothing else is fetched."""
+    """The configuration in a folder or on the hub, of an adapter its base's; nothing else is fetched."""
     from transformers import AutoConfig
 
+    if is_adapter_folder(path):  # which is merged into its base
+        path = base_of_adapter(path)
     try:
         return AutoConfig.from_pretrained(path)
     except (OSError, ValueError) as error:

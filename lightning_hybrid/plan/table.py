@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from lightning_hybrid.plan.advice import Advice
-from lightning_hybrid.plan.held import KINDS, OWNERS, Moment
+from lightning_hybrid.plan.held import KINDS, Moment
+from lightning_hybrid.plan.networks import Network
 from lightning_hybrid.plan.phases import PHASES, Plan
+from lightning_hybrid.plan.setup import Setup
 
 
 def render(plan: Plan, advice: Sequence[Advice] = ()) -> str:
@@ -25,13 +27,30 @@ def in_gib(size: float) -> str:
 
 def _heading(plan: Plan) -> str:
     setup = plan.setup
-    models = ", ".join(f"{role} {network.numel / 1e9:.3g}B" for role, network in setup.networks.items())
+    models = ", ".join(_model(network) for network in setup.networks.values())
     ranks = "1 rank" if setup.ranks == 1 else f"{setup.ranks} ranks"
-    rows = f"{setup.run.data.batch_size} rows of {setup.prompt} + {setup.run.rollout.max_new_tokens} tokens per rank"
     return (
-        f"{models} ({str(setup.dtype).removeprefix('torch.')}); {ranks}, ZeRO-{setup.stage}; {rows}, "
+        f"{models} ({str(setup.dtype).removeprefix('torch.')}); {ranks}, {_stages(setup)}; {_rows(setup)}, "
         f"{plan.cache.slots} generated at once, {setup.micro_batch} trained at once"
     )
+
+
+def _model(network: Network) -> str:
+    trained = f" ({network.trained / 1e9:.2g}B trained)" if network.adapter is not None else ""
+    return f"{network.name} {network.numel / 1e9:.3g}B{trained}"
+
+
+def _stages(setup: Setup) -> str:
+    """The strategy's, and those of models that have another."""
+    roles = {network.role: setup.engine(network).stage for network in setup.networks.values() if not network.replicated}
+    others = [f"{role} {stage}" for role, stage in roles.items() if stage != setup.general.stage]
+    return f"ZeRO-{setup.general.stage}" + (f" ({', '.join(others)})" if others else "")
+
+
+def _rows(setup: Setup) -> str:
+    size, new = setup.run.algorithm.group_size, setup.run.rollout.max_new_tokens
+    rows = str(setup.rows) if size == 1 else f"{setup.rows // size} × {size}"
+    return f"{rows} rows of {setup.prompt} + {new} tokens per rank"
 
 
 def _table(plan: Plan) -> list[str]:
@@ -40,7 +59,7 @@ def _table(plan: Plan) -> list[str]:
     rows = [["GiB per rank", *kinds, "total", ""]]
     for phase in PHASES:
         peak = plan.peaks[phase]
-        rows += [_line(f"  {owner}", peak, kinds, owner) for owner in OWNERS if peak.bytes(owner=owner)]
+        rows += [_line(f"  {owner}", peak, kinds, owner) for owner in plan.setup.networks if peak.bytes(owner=owner)]
         verdict = "fits" if peak.bytes() <= plan.device else f"{in_gib(peak.bytes() - plan.device)} too much"
         rows.append([*_line(phase, peak, kinds, None)[:-1], f"{verdict}; peak: {peak.name}"])
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
@@ -72,5 +91,6 @@ def _settings(plan: Plan, advice: Sequence[Advice]) -> list[str]:
     return [
         f"  {' '.join(item.overrides).ljust(width)}  -{in_gib(item.saved)} GiB"
         + ("  then it fits" if item.plan.fits else "")
+        + (f"  but {'; '.join(item.costs)}" if item.costs else "")
         for item in advice
     ]

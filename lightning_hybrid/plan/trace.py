@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from lightning_hybrid.errors import ConfigError
-from lightning_hybrid.models import Policy
+from lightning_hybrid.models import Policy, ScalarModel
 from lightning_hybrid.models.policy import extra_arguments, run_trunk
 from lightning_hybrid.plan.networks import Network, without_memory
 
@@ -84,7 +84,7 @@ def training_peak(network: Network, size: Size, kept: int) -> Peak:
         kept: bytes of gradients that pile up at most while the pass goes on; 0 where each leaves as it comes.
     """
     peak = _traced(network, size, kept)
-    whole = min(kept, network.numel * network.itemsize)
+    whole = min(kept, network.trained * network.itemsize)
     # With few layers activations may be more than gradients, and with many less: then all gradients are the peak.
     return peak if peak.bytes >= whole else Peak(0, 0, whole)
 
@@ -121,15 +121,17 @@ def _trace(network: Network, size: Size, kept: int | None) -> Peak:
             return live.peak
     except (RuntimeError, NotImplementedError) as error:
         raise ConfigError(
-            f"the {network.role}'s architecture {network.config.model_type!r} cannot be planned: its forward needs "
+            f"the {network.name}'s architecture {network.config.model_type!r} cannot be planned: its forward needs "
             f"values, not shapes alone ({type(error).__name__}: {str(error).splitlines()[0]})"
         ) from error
 
 
 def _pass(module: Any, ids: Tensor, mask: Tensor, size: Size) -> list[Tensor]:
     """As the module's forward, but for picking the asked positions, of which a shape alone does not know how many."""
-    if not isinstance(module, Policy):
+    if isinstance(module, ScalarModel):
         return [module(ids, mask)]
+    if not isinstance(module, Policy):
+        return [module(input_ids=ids, attention_mask=mask.long()).logits]
     hidden = run_trunk(module.model, ids, mask, extra_arguments(module.model))
     begin = size.tokens - 1 - size.asked
     flat = hidden[:, :-1][:, begin:].reshape(-1, hidden.shape[-1])
@@ -160,7 +162,8 @@ class Live(TorchDispatchMode):
         self._width = int(config.get_text_config().hidden_size)
         self._known = {t.untyped_storage()._cdata for t in (*module.parameters(), *module.buffers())}
         for parameter in module.parameters():
-            parameter.register_post_accumulate_grad_hook(self._take)
+            if parameter.requires_grad:
+                parameter.register_post_accumulate_grad_hook(self._take)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operation and count what it made."""

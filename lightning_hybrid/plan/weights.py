@@ -13,7 +13,8 @@ stage  weights      master weights      optimizer states    gradients of a step
 
 Stages 1 to 3 keep master weights in fp32 too, where they are a second copy. They also reduce gradients through a bucket
 of ``reduce_bucket_size`` elements: from the first gradient until the pass (stage 2) or the step (stage 1) ends, and
-always at stage 3. What is frozen, a whole model or the weights under an adapter, has weights only. A GPU gives a bucket all of its memory; a CPU gives pages when they are written.
+always at stage 3. A GPU gives a bucket all of its memory; a CPU gives pages when they are written. What is frozen, a
+whole model or the weights under an adapter, has weights only.
 """
 
 from __future__ import annotations
@@ -41,10 +42,11 @@ def at_rest(setup: Setup, phase: str, runs: Collection[str]) -> list[Held]:
 
 
 def _of_one(setup: Setup, network: Network, phase: str, runs: Collection[str]) -> Iterator[Held]:
-    name, trained, sleep, engine = network.name, network.name in TRAINED, setup.run.strategy.sleep, setup.engine(network)
+    name, sleep, engine = network.name, setup.run.strategy.sleep, setup.engine(network)
     if network.replicated:
         yield Held(name, "weights", network.numel * network.itemsize)
         return
+    trained = name in TRAINED
     asleep = name not in runs and (sleep.weights if trained else sleep.frozen_models) and not setup.on_cpu
     away = engine.offloads_parameters or asleep
     yield Held(name, "weights", weight_bytes(setup, network), HOST if away else DEVICE)

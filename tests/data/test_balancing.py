@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from hypothesis import strategies as st
 from lightning_hybrid.data import InstructionDataModule, PreferenceDataModule
 from lightning_hybrid.data.balancing import LikeLengths, padding_share
 from lightning_hybrid.errors import ConfigError
+from tests.data.training import train_and_resume
 
 LENGTHS = random.Random(0).choices(range(1, 400), k=1000)
 
@@ -90,48 +90,11 @@ def test_settings_that_decide_the_order_otherwise_are_refused(write) -> None:
         InstructionDataModule(["a.jsonl", "b.jsonl"], mix=[1, 1], balance=True)
 
 
-def train(data: str, out: str, steps: int, ckpt: str | None, save: bool) -> None:
-    """Train a little on this rank and write the lengths of its batches down."""
-    from lightning.pytorch.callbacks import ModelCheckpoint
-
-    from lightning_hybrid.data.task import build_tokenizer
-    from lightning_hybrid.modules import SFTModule
-    from tests.helpers import quiet_trainer, tiny_policy
-
-    lengths: list[tuple[int, list[int]]] = []
-
-    class Watched(SFTModule):
-        def training_step(self, batch: dict[str, Any], batch_idx: int) -> Any:
-            lengths.append((self.current_epoch, batch["attention_mask"].sum(1).tolist()))
-            return super().training_step(batch, batch_idx)
-
-    module = Watched(tiny_policy(max_position_embeddings=512))
-    rows = InstructionDataModule(data, tokenizer=build_tokenizer(), balance=True, batch_size=4)
-    keep = ModelCheckpoint(out, filename="saved", every_n_train_steps=7, save_top_k=1)
-    trainer = quiet_trainer(
-        "hybrid_deepspeed",
-        devices=2,
-        max_steps=steps,
-        use_distributed_sampler=True,
-        enable_checkpointing=save,
-        callbacks=[keep] if save else [],
-    )
-    trainer.fit(module, datamodule=rows, ckpt_path=ckpt)
-    name = "whole" if ckpt is None else "rest"
-    Path(out, f"{name}-{steps}-{trainer.global_rank}.json").write_text(json.dumps(lengths))
-
-
 @pytest.mark.slow
 def test_ranks_get_batches_of_like_length_and_a_resumed_run_goes_on_in_the_same_order(
     write: Any, run_ranks: Any, tmp_path: Path
 ) -> None:
-    data, saved = write("a.jsonl", ROWS[:90]), str(tmp_path / "saved.ckpt")
-    for steps, ckpt, save in ((16, None, False), (7, None, True), (16, saved, False)):
-        run_ranks(train, 2, data, str(tmp_path), steps, ckpt, save)
-    whole, rest = (
-        [json.loads((tmp_path / f"{name}-16-{rank}.json").read_text()) for rank in (0, 1)] for name in ("whole", "rest")
-    )
+    whole = train_and_resume(run_ranks, write("a.jsonl", ROWS[:90]), tmp_path, 16, balance=True)
     assert {epoch for epoch, _ in whole[0]} == {0, 1}  # twelve steps make an epoch
-    assert rest == [steps[7:] for steps in whole]
-    gaps = [abs(max(a) - max(b)) for (_, a), (_, b) in zip(*whole, strict=True)]
+    gaps = [abs(max(map(len, one)) - max(map(len, other))) for (_, one), (_, other) in zip(*whole, strict=True)]
     assert sum(gaps) / len(gaps) < 15  # of lengths up to 400

@@ -10,11 +10,10 @@ from lightning_hybrid.data.checking import (
     check_tokenizer,
     lost_characters,
     notice,
-    number_field,
     pad_id,
     report_lost_characters,
-    text_field,
 )
+from lightning_hybrid.data.fields import number_field, text_field
 from lightning_hybrid.data.reading import Row
 from lightning_hybrid.data.tokenizing import encode_texts
 from lightning_hybrid.errors import DataError

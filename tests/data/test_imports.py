@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import lightning_hybrid.data as data
-from lightning_hybrid.data.base import CommonArguments, TextDataModule
+from lightning_hybrid.data.datamodules.arguments import CommonArguments, ToldDataModule
 
 PACKAGE = Path(data.__file__).parent
 
@@ -33,17 +33,31 @@ def test_every_public_name_is_there_and_no_other():
 
 
 def test_the_typed_common_arguments_are_those_of_the_base():
-    parameters = set(inspect.signature(TextDataModule.__init__).parameters) - {"self", "path"}
+    parameters = set(inspect.signature(ToldDataModule.__init__).parameters) - {"self", "path"}
     assert set(CommonArguments.__annotations__) == parameters
 
 
-def test_every_setting_of_the_configuration_is_an_argument():
-    from lightning_hybrid.config.data import InstructionDataConfig, PreferenceDataConfig, PromptDataConfig
+def arguments_of(module: type) -> set[str]:
+    """Names of the arguments of a data module, also of those that it hands on to the classes above it."""
+    return {name for kind in module.__mro__ for name in inspect.signature(kind.__init__).parameters}
 
-    common = {"path", *CommonArguments.__annotations__}
-    for config, module in (
-        (InstructionDataConfig, data.InstructionDataModule),
-        (PreferenceDataConfig, data.PreferenceDataModule),
-        (PromptDataConfig, data.PromptDataModule),
+
+def test_every_setting_of_the_configuration_is_an_argument():
+    from lightning_hybrid.config import data as config
+
+    for settings, module in (
+        (config.InstructionDataConfig, data.InstructionDataModule),
+        (config.PreferenceDataConfig, data.PreferenceDataModule),
+        (config.PromptDataConfig, data.PromptDataModule),
+        (config.UnpairedDataConfig, data.UnpairedDataModule),
     ):
-        assert set(config.model_fields) <= common | set(inspect.signature(module.__init__).parameters)
+        assert set(settings.model_fields) <= arguments_of(module)
+        assert arguments_of(module) <= {
+            *settings.model_fields,
+            "self",
+            "tokenizer",
+            "max_new_tokens",
+            "common",
+            "args",
+            "kwargs",
+        }

@@ -1,15 +1,16 @@
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from lightning.fabric.utilities.distributed import DistributedSamplerWrapper
 
 from lightning_hybrid.checkpoint import ResumableLoader
-from lightning_hybrid.data import PromptDataModule
+from lightning_hybrid.data import InstructionDataModule, PromptDataModule
 from lightning_hybrid.data.mixing import WINDOW, Order
 from lightning_hybrid.errors import ConfigError
+from tests.data.training import rows_of, train_and_resume
 
 MIA = [{"prompt": f"mia visits {'the ' * n}"} for n in range(1, 21)]
 TOM = [{"prompt": f"tom leaves {'the ' * n}"} for n in range(1, 11)]
@@ -58,13 +59,59 @@ def test_the_order_depends_on_seed_and_epoch_alone() -> None:
 
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_ranks_are_dealt_the_order_of_one_process(ranks: int) -> None:
-    def order() -> Order:
-        return Order([[30], [60]], [0.7, 0.3], 0, lambda: 1)
+    for blocks, shares in (([[30], [60]], [0.7, 0.3]), ([[4] * 15], None)):
+        dealt = [list(Order(blocks, shares, 0, 1, ranks, rank)) for rank in range(ranks)]
+        assert [index for turn in zip(*dealt, strict=True) for index in turn] == list(Order(blocks, shares, 0, 1))
 
-    shares = [
-        list(DistributedSamplerWrapper(order(), num_replicas=ranks, rank=rank, shuffle=False)) for rank in range(ranks)
+
+def test_an_order_that_does_not_come_out_even_begins_again() -> None:
+    order = list(Order([[7]], None, 0))
+    shares = [list(Order([[7]], None, 0, 0, 3, rank)) for rank in range(3)]
+    assert [index for turn in zip(*shares, strict=True) for index in turn] == [*order, *order[:2]]
+
+
+@pytest.mark.slow
+def test_two_ranks_train_in_the_order_of_one_and_go_on_in_the_middle_of_an_epoch(
+    write: Any, tokenizer: Any, run_ranks: Any, tmp_path: Path
+) -> None:
+    """Of mixed sources, one of them in row groups, which are read together."""
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    table, lines = str(tmp_path / "mia.parquet"), write("tom.jsonl", [row("tom", n) for n in range(30)])
+    parquet.write_table(pyarrow.Table.from_pylist([row("mia", n) for n in range(60)]), table, row_group_size=5)
+    arguments = {"mix": [0.8, 0.2], "streaming": True, "max_length": 128}
+    whole = train_and_resume(run_ranks, [table, lines], tmp_path, 16, **arguments)
+
+    for epoch, steps in ((0, whole_batches(whole, 0)), (1, whole_batches(whole, 1))):
+        module = InstructionDataModule([table, lines], tokenizer=tokenizer, batch_size=8, **arguments)  # type: ignore[arg-type]
+        module.trainer = OneRank(epoch)  # type: ignore[assignment]
+        alone = [rows_of(batch) for batch in module.train_dataloader()]
+        assert len(steps) > 3
+        assert steps == alone[: len(steps)]
+
+
+def row(name: str, number: int) -> dict[str, str]:
+    return {"prompt": f"{name} visits", "response": "the " * (number + 1)}
+
+
+def whole_batches(given: list[Any], epoch: int) -> list[list[list[int]]]:
+    """The rows of each step of an epoch, of both ranks in turn; without the last step, which is not full."""
+    steps = [
+        [own for both in zip(one, other, strict=True) for own in both]
+        for (number, one), (_, other) in zip(*given, strict=True)
+        if number == epoch
     ]
-    assert [index for turn in zip(*shares, strict=True) for index in turn] == list(order())
+    return [step for step in steps if len(step) == 8]
+
+
+class OneRank:
+    """What a data module asks a trainer for."""
+
+    world_size, global_rank, lightning_module = 1, 0, None
+
+    def __init__(self, epoch: int) -> None:
+        self.current_epoch = epoch
 
 
 def test_blocks_are_read_a_few_at_a_time_and_every_row_once() -> None:
@@ -129,7 +176,7 @@ def test_the_limit_holds_for_each_source(write: Any, tokenizer: Any) -> None:
     [
         ("a.jsonl", [0.5, 0.5], "mix needs one share for each path, each named once: 2 shares, path a.jsonl"),
         (["a.jsonl", "a.jsonl"], [1, 1], "each named once"),
-        (["a.jsonl", "b.jsonl"], [1, 0], r"mix must be numbers above 0, found \[1, 0\]"),
+        (["a.jsonl", "b.jsonl"], [1, 0], r"mix must be numbers above 0, found \[1\.0, 0\.0\]"),
         (["a.jsonl", "b.jsonl"], [1, float("nan")], "mix must be numbers above 0"),
     ],
 )

@@ -125,6 +125,31 @@ def test_rt_polarity_gives_prompts_of_first_words(shared, story_tokenizer):
     assert len(set(prompts)) == len(prompts)
 
 
+QUESTION = (
+    "{% for message in messages %}{{ 'Question: ' + message.content + '\nAnswer:' }}{% endfor %}"
+    "{% if add_generation_prompt %}{% endif %}"
+)
+
+
+def test_gsm8k_gives_its_questions_with_the_answers_as_a_field_in_any_form_of_prompt(shared, story_tokenizer, tmp_path):
+    path = shared / "data/gsm8k_train.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()[:50]]
+    (tmp_path / "question.jinja").write_text(QUESTION)
+    options = {"limit": 50, "batch_size": 10, "max_length": 512, "max_new_tokens": 16, "tokenizer": story_tokenizer}
+    for form, in_turns in (
+        ("{}", {}),
+        ("Question: {}\nAnswer:", {"chat": True, "template": f"{tmp_path}/question.jinja"}),
+    ):
+        batches = list(PromptDataModule(str(path), **options, **in_turns).train_dataloader())
+        places = [index for batch in batches for index in batch["index"]]
+        assert sorted(places) == list(range(50))
+        assert [text for batch in batches for text in batch["prompts"]] == [
+            form.format(rows[i]["question"]) for i in places
+        ]
+        assert [gold for batch in batches for gold in batch["fields"]["answer"]] == [rows[i]["answer"] for i in places]
+        assert all(set(batch["fields"]) == {"answer"} for batch in batches)
+
+
 def show_prompts_of_each_rank(name: str) -> None:
     import lightning as L
     import torch

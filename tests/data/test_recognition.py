@@ -85,6 +85,22 @@ def test_sharegpt_gets_its_system_and_tools_as_a_system_turn_and_its_roles_trans
     assert read("prompts", [row])[0].text == dialogue.turns[:-1]
 
 
+def test_rows_whose_tools_are_quoted_are_counted_and_only_where_the_schema_has_tools(
+    write: Any, tokenizer: Any, caplog: Any
+) -> None:
+    said = [{"from": "human", "value": "mia"}, {"from": "gpt", "value": "tom"}]
+    lists: list[Any] = ["[]", "", None, [], [{"name": "weather"}], '[{"name": "weather"}]']
+    rows = [{"conversations": said, "tools": tools} for tools in lists]
+    dialogues = read("instructions", rows)
+    assert [len(dialogue.turns) for dialogue in dialogues] == [2, 2, 2, 2, 3, 3]
+    assert read("prompts", [{"prompt": "mia", "tools": "weather"}]) == [
+        Prompt("mia", "a.jsonl:1", {"tools": "weather"})
+    ]
+    with caplog.at_level("INFO", logger="lightning_hybrid"):
+        InstructionDataModule(write("a.jsonl", rows), tokenizer=tokenizer, template="plain").setup()
+    assert "2 whose tools are quoted in the system turn (the chat template gets no list of them)" in caplog.text
+
+
 def test_alpaca_and_prompt_with_response_are_instructions_and_turns_make_dialogues() -> None:
     rows = [{"instruction": "Add.", "input": "2, 2", "output": "4"}]
     assert read("instructions", rows) == [Instruction("Add.\n\n2, 2", "4", "a.jsonl:1")]
@@ -166,7 +182,8 @@ def test_labelled_answers_are_desirable_or_not_and_nothing_else() -> None:
 def test_columns_that_fit_two_schemas_are_refused_with_both_and_the_choice() -> None:
     row = {"messages": [ASKED, ANSWERED], "instruction": "a", "output": "b"}
     message = (
-        r"(?s)fit 2 schemas:\n  messages, by messages: a.jsonl:1\n  alpaca, by instruction, output: .*schema=alpaca"
+        r"(?s)fit 2 schemas:\n  messages, by messages: a.jsonl:1\n"
+        r"  alpaca, by instruction, output: .*to messages or alpaca"
     )
     with pytest.raises(DataError, match=message):
         read("instructions", [row])

@@ -70,12 +70,40 @@ def test_so_does_a_stream_of_pairs_and_of_instructions(write: Any, tokenizer: An
         (PreferenceDataModule, {}),
         (PreferenceDataModule, {"balance": True}),
         (InstructionDataModule, {"response_key": "chosen"}),
+        (InstructionDataModule, {"response_key": "chosen", "balance": True}),
+        (InstructionDataModule, {"response_key": "chosen", "packing": True, "max_length": 32}),
     ):
         plain, streamed = (
             batches_of(kind(name, tokenizer=tokenizer, batch_size=4, streaming=streaming, **own))  # type: ignore[arg-type]
             for streaming in (False, True)
         )
         assert equal_all(plain, streamed)
+
+
+@pytest.mark.parametrize("setting", ["packing", "balance"])
+def test_rows_in_row_groups_are_not_put_together_from_all_over_their_file(
+    tmp_path: Path, tokenizer: Any, setting: str
+) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    rows, path = [{"prompt": "mia", "response": "tom"}] * 8, str(tmp_path / "a.parquet")
+    settings = {setting: True, "streaming": True, "max_length": 16}
+    parquet.write_table(pyarrow.Table.from_pylist(rows), path, row_group_size=4)
+    with pytest.raises(ConfigError, match=f"{setting} puts rows from all over a file together.* unset {setting} or st"):
+        InstructionDataModule(path, tokenizer=tokenizer, **settings).setup()  # type: ignore[arg-type]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    assert batches_of(InstructionDataModule(path, tokenizer=tokenizer, **settings))  # type: ignore[arg-type]
+
+
+def test_a_mixed_source_that_nothing_is_left_of_is_named(write: Any, tokenizer: Any) -> None:
+    paths = [write("a.jsonl", PROMPTS), write("b.jsonl", [{"prompt": " "}] * 3)]
+    for streaming, message in (
+        (False, "nothing is left of the 3 rows of .*b.jsonl: 3 with an empty prompt"),
+        (True, "nothing of .*b.jsonl is left to mix, as all its rows are dropped"),
+    ):
+        with pytest.raises(DataError, match=message):
+            PromptDataModule(paths, tokenizer=tokenizer, mix=[1, 1], streaming=streaming).setup()
 
 
 def test_what_is_dropped_is_counted_once_for_the_whole_stream(write: Any, tokenizer: Any, notices: list[str]) -> None:
@@ -147,7 +175,7 @@ def test_row_groups_of_a_parquet_file_are_shuffled_every_row_is_there_and_epochs
     order = [n for batch in batches_of(module) for n in batch["fields"]["n"]]
     assert sorted(order) == list(range(40))
     assert len({n // 4 for n in order[:16]}) == 4
-    module._order.epoch = lambda: 1  # type: ignore[union-attr]
+    module._epoch = lambda: 1  # type: ignore[method-assign]
     assert [n for batch in batches_of(module) for n in batch["fields"]["n"]] != order
 
 

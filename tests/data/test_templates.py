@@ -189,7 +189,16 @@ def test_turns_that_a_template_leaves_out_are_counted(bytes_tokenizer, notices) 
 
 
 def test_conversations_without_a_template_are_refused_with_the_fix(bytes_tokenizer) -> None:
-    with pytest.raises(DataError, match="the tokenizer has no chat template: set template to chatml or plain"):
+    with pytest.raises(
+        DataError,
+        match="a.jsonl:1: a conversation, .*, but the tokenizer has no chat template: set template to chatml or plain",
+    ):
+        encode(bytes_tokenizer, DIALOGUE)
+
+
+def test_a_template_that_is_no_jinja_is_refused_once_for_all_rows(bytes_tokenizer) -> None:
+    bytes_tokenizer.chat_template = "{% for message in messages %}\n{{ message.content }"
+    with pytest.raises(DataError, match=r"^the chat template is no valid jinja, line 2: unexpected '}'; mend it, or "):
         encode(bytes_tokenizer, DIALOGUE)
 
 

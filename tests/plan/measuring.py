@@ -12,9 +12,15 @@ import lightning as L
 import torch
 from torch.utils.data import DataLoader
 
-from lightning_hybrid import HybridDeepSpeedStrategy, PPOConfig, PPOModule, RolloutConfig
+from lightning_hybrid import HybridDeepSpeedStrategy, PPOModule, RolloutConfig
+from lightning_hybrid.algorithms import ALGORITHMS
+from lightning_hybrid.callbacks import EMA
+from lightning_hybrid.config import RewardSourceConfig, RolesConfig
+from lightning_hybrid.config.adapters import AdapterConfig
+from lightning_hybrid.data import InstructionDataModule
 from lightning_hybrid.data.task import build_tokenizer
-from lightning_hybrid.models import build_policy
+from lightning_hybrid.models import build_policy, with_adapter
+from lightning_hybrid.rewards import reward_from
 from tests.helpers import TINY_LLAMA, quiet_trainer
 
 PHASE_OF = {"rollout": "generate", "reward": "score", "experience": "score", "update": "train"}
@@ -81,21 +87,40 @@ def prompts(batch_size: int, longest: int, iterations: int) -> DataLoader[Any]:
 
 def fit(cell: dict[str, Any], architecture: dict[str, Any], meter: Meter, iterations: int) -> None:
     torch.manual_seed(0)
-    vocabulary = architecture["vocab_size"]
-    ppo = PPOModule(
-        build_policy(architecture, vocabulary, cell["algorithm"].get("logprob_chunk", 1024)),
-        lambda prompts, responses: [float(len(response)) for response in responses],
-        PPOConfig(**cell["algorithm"]),
+    module = module_of(cell, architecture)
+    module.phases.listeners.append(meter.enter)
+    strategy = HybridDeepSpeedStrategy(stage=cell["stage"], hybrid_engine=cell.get("hybrid_engine"))
+    decay = cell.get("callbacks", {}).get("ema_decay")
+    callbacks = [EachIteration(meter), *([] if decay is None else [EMA("actor", decay)])]
+    trainer = quiet_trainer(
+        strategy, max_steps=iterations, devices=cell["ranks"], precision=cell["precision"], callbacks=callbacks
+    )
+    trainer.fit(module, prompts(cell["batch_size"], cell["prompt"], iterations))
+
+
+def module_of(cell: dict[str, Any], architecture: dict[str, Any]) -> PPOModule:
+    """What the recipe would make of the same settings."""
+    algorithm, adapters = dict(cell["algorithm"]), cell.get("adapters", {})
+    config = ALGORITHMS[algorithm.get("name", "ppo")](**algorithm)
+    policy = build_policy(architecture, architecture["vocab_size"], config.logprob_chunk)
+    given = {name: AdapterConfig(**settings) for name, settings in adapters.items()}
+    return PPOModule(
+        with_adapter(policy, given.get("adapter")),
+        reward_of(cell),
+        config,
         RolloutConfig(**cell["rollout"]),
         build_tokenizer(),
+        ptx=InstructionDataModule(**cell["ptx"], prompt_key=None, response_key="text") if "ptx" in cell else None,
+        roles=RolesConfig(**cell.get("roles", {})),
+        critic_adapter=given.get("critic_adapter"),
     )
-    ppo.phases.listeners.append(meter.enter)
-    strategy = HybridDeepSpeedStrategy(stage=cell["stage"], hybrid_engine=cell.get("hybrid_engine"))
-    ranks = cell["ranks"]
-    trainer = quiet_trainer(
-        strategy, max_steps=iterations, devices=ranks, precision=cell["precision"], callbacks=[EachIteration(meter)]
-    )
-    trainer.fit(ppo, prompts(cell["batch_size"], cell["prompt"], iterations))
+
+
+def reward_of(cell: dict[str, Any]) -> Any:
+    """The configured reward, or a function that takes no memory."""
+    if "reward" in cell:
+        return reward_from(RewardSourceConfig(**cell["reward"]))
+    return lambda prompts, responses: [float(len(response)) for response in responses]
 
 
 def measure(cell: dict[str, Any]) -> None:

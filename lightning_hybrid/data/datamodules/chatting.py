@@ -5,11 +5,11 @@ from __future__ import annotations
 import hashlib
 from typing import TYPE_CHECKING, Any, TypeVar, Unpack, get_args
 
-from torch.utils.data import DataLoader
-
 from lightning_hybrid.data.balancing import LikeLengths, lengths_of
-from lightning_hybrid.data.base import CommonArguments, Paths, TextDataModule, check_choice
 from lightning_hybrid.data.checking import Dropped
+from lightning_hybrid.data.datamodules.arguments import CommonArguments, Paths, check_choice
+from lightning_hybrid.data.datamodules.base import TextDataModule
+from lightning_hybrid.data.dealing import DealtOrder
 from lightning_hybrid.data.encoding import AnswerEncoder
 from lightning_hybrid.data.splitting import Identified
 from lightning_hybrid.data.templates import SystemTurns, use_template
@@ -108,21 +108,26 @@ class AnswerDataModule(ChatDataModule[Example]):
         self.add_eos = add_eos
         self.balance = balance
 
-    def _loader(self, dataset: Any, *, training: bool) -> DataLoader[Any]:
-        if not (training and self.balance):
-            return super()._loader(dataset, training=training)
-        trainer = self.trainer
-        ranks, rank = (1, 0) if trainer is None else (trainer.world_size, trainer.global_rank)
-        return DataLoader(
-            dataset,
-            batch_size=self.batch_size,
-            sampler=LikeLengths(lengths_of(dataset), self.batch_size, self.seed, self._epoch, ranks, rank),
-            num_workers=self.num_workers,
-            collate_fn=self._collator(),
-            drop_last=self._drop_last,
-        )
-
-    def _refuse_streaming(self) -> None:
-        super()._refuse_streaming()
+    def _dataset(self, examples: Any, source: str, *, training: bool) -> Any:
+        dataset = super()._dataset(examples, source, training=training)
         if self.balance:
-            raise ConfigError("balance needs the length of every row, which streaming does not know: unset one of them")
+            refuse_row_groups(dataset, "balance")
+        return dataset
+
+    def _order(self, dataset: Any) -> DealtOrder | None:
+        if not self.balance:
+            return super()._order(dataset)
+        return LikeLengths(lengths_of(dataset), self.batch_size, self.seed, self._epoch, *self._ranks())
+
+
+def refuse_row_groups(dataset: Any, setting: str) -> None:
+    """Raise where a setting puts rows together that lie in different row groups, each of which is read as a whole.
+
+    Raises:
+        ConfigError: names the setting, and the fix.
+    """
+    if len(getattr(dataset, "blocks", ())) > 1:
+        raise ConfigError(
+            f"{setting} puts rows from all over a file together, and a Parquet file that is streamed gives them row "
+            f"group by row group: unset {setting} or streaming, or write the rows as arrow or jsonl"
+        )

@@ -7,118 +7,37 @@ and are read again for each batch; a file that is changed meanwhile ends the run
 
 from __future__ import annotations
 
-import math
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, Self, TypedDict, TypeVar, get_args
+from typing import Any, Generic, Self, TypeVar, Unpack
 
 import torch
-from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader, Dataset
 
-from lightning_hybrid.config.data import SchemaName
 from lightning_hybrid.data.checking import Dropped, Problems, Tally, gathered, say
+from lightning_hybrid.data.datamodules.arguments import CommonArguments, Paths, ToldDataModule
+from lightning_hybrid.data.dealing import DealtOrder
 from lightning_hybrid.data.fingerprint import Files, Fingerprint, digest_of_rows, read_alike, refuse_other_data
 from lightning_hybrid.data.ids import report_ids
-from lightning_hybrid.data.mixing import Joined, Order, describe_mixture
-from lightning_hybrid.data.reading import Format, Manner, Row, file_names, file_of, read_rows
-from lightning_hybrid.data.recognition import Recogniser, Task, schema_problem
+from lightning_hybrid.data.mixing import Joined, Order, describe_mixture, refuse_empty_source
+from lightning_hybrid.data.reading import Row, file_names, file_of, read_rows
+from lightning_hybrid.data.recognition import Recogniser
 from lightning_hybrid.data.splitting import Identified, refuse_empty_side, split_by_hash
 from lightning_hybrid.data.streaming import StreamedDataset, Survey
-from lightning_hybrid.data.tokenizing import LengthRule, TooLong
-from lightning_hybrid.errors import ConfigError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 Example = TypeVar("Example", bound=Identified)
-Paths = str | Sequence[str]
-
-# Neither changes an example: where files stand, and how batches are made of what is in them.
-_SHAPELESS = {"path", "validation_path", "tokenizer", "batch_size", "num_workers", "trainer"}
 
 
-class CommonArguments(TypedDict, total=False):
-    """The arguments that all data modules take besides ``path``; see `InstructionDataModule` for their meaning."""
-
-    tokenizer: PreTrainedTokenizerBase | None
-    batch_size: int
-    format: Format
-    encoding: str
-    limit: int | None
-    seed: int
-    validation_fraction: float
-    validation_path: Paths | None
-    num_workers: int
-    max_length: int | None
-    too_long: TooLong
-    schema: SchemaName
-    mix: Sequence[float] | None
-    streaming: bool
-    split: str | None
-    name: str | None
-
-
-class TextDataModule(LightningDataModule, Generic[Example]):
-    """What the three have in common; see `InstructionDataModule` for the arguments."""
+class TextDataModule(ToldDataModule, Generic[Example]):
+    """Reads rows, in memory or as a stream, and makes batches of them; see `InstructionDataModule` for arguments."""
 
     _drop_last = False
-    _task: ClassVar[Task]
-    _default_keys: ClassVar[Mapping[str, str | None]] = {}
-    """The arguments that name columns; where none is set otherwise, the columns of the rows tell their schema."""
 
-    def __init__(
-        self,
-        path: Paths,
-        tokenizer: PreTrainedTokenizerBase | None = None,
-        batch_size: int = 8,
-        format: Format = "auto",
-        encoding: str = "utf-8",
-        limit: int | None = None,
-        seed: int = 0,
-        validation_fraction: float = 0.0,
-        validation_path: Paths | None = None,
-        num_workers: int = 0,
-        max_length: int | None = None,
-        too_long: TooLong = "drop",
-        schema: SchemaName = "auto",
-        mix: Sequence[float] | None = None,
-        streaming: bool = False,
-        split: str | None = None,
-        name: str | None = None,
-    ) -> None:
-        super().__init__()
-        check_choice("too_long", too_long, get_args(TooLong))
-        check_positive("batch_size", batch_size)
-        check_positive("limit", limit)
-        if not 0.0 <= validation_fraction < 1.0:
-            raise ConfigError(f"validation_fraction must be at least 0 and below 1, found {validation_fraction}")
-        if validation_path is not None and validation_fraction > 0:
-            raise ConfigError("validation_path and validation_fraction are both set: choose one of them")
-        wrong = mix_problem(path, mix) or schema_problem(self._task, schema)
-        if wrong:
-            raise ConfigError(wrong)
-        self.path = path
-        self.tokenizer = tokenizer
-        self.batch_size = batch_size
-        self.format: Format = format
-        self.encoding = encoding
-        self.limit = limit
-        self.seed = seed
-        self.validation_fraction = validation_fraction
-        self.validation_path = validation_path
-        self.num_workers = num_workers
-        self.max_length = max_length
-        self.too_long: TooLong = too_long
-        self.schema: SchemaName = schema
-        self.mix = None if mix is None else [float(share) for share in mix]
-        self.streaming = streaming
-        self.split = split
-        self.name = name
+    def __init__(self, path: Paths, **common: Unpack[CommonArguments]) -> None:
+        super().__init__(path, **common)
         self.dropped: list[Dropped] = []
-        self._order: Order | None = None
         self._train: Dataset[Any] | None = None
         self._validation: Dataset[Any] | None = None
         self._files: list[dict[str, Any]] = []
@@ -181,8 +100,12 @@ class TextDataModule(LightningDataModule, Generic[Example]):
             self._validation = self._joined(self._datasets(held_out, names, training=False))
         names = file_names(self.path) if len(parts) > 1 else [source]
         datasets = self._datasets(parts, names, training=True)
-        self._order = self._order_of(datasets, names)
+        if self.mix is not None:
+            refuse_empty_source(names, datasets)
         self._train = self._joined(datasets)
+        order = self._order(self._train)
+        if self.mix is not None and isinstance(order, Order):
+            say(describe_mixture(names, order))
         self._refuse_size(sum(len(dataset) for dataset in datasets), source)
         return {"files": self._files, "arguments": self._shape()}
 
@@ -192,20 +115,13 @@ class TextDataModule(LightningDataModule, Generic[Example]):
     def _joined(self, datasets: list[Any]) -> Any:
         return datasets[0] if len(datasets) == 1 else Joined(datasets, self._placed)
 
-    def _order_of(self, datasets: Sequence[Any], names: Sequence[str]) -> Order | None:
-        """The order of training, where it is not any order of all rows."""
-        blocks = [getattr(dataset, "blocks", [len(dataset)]) for dataset in datasets]
-        if self.mix is not None and getattr(self, "balance", False):
-            raise ConfigError("mix and balance are both set, and each decides the order of rows: choose one of them")
+    def _order(self, dataset: Any) -> DealtOrder | None:
+        """The order of training and this rank's share of it; None where any order of all rows will do."""
+        parts = dataset.parts if isinstance(dataset, Joined) else [dataset]
+        blocks = [getattr(part, "blocks", [len(part)]) for part in parts]
         if self.mix is None and all(len(sizes) == 1 for sizes in blocks):
             return None
-        order = Order(blocks, self.mix, self.seed, self._epoch)
-        if self.mix is not None:
-            say(describe_mixture(names, order))
-        return order
-
-    def _epoch(self) -> int:
-        return self.trainer.current_epoch if self.trainer is not None else 0
+        return Order(blocks, self.mix, self.seed, self._epoch, *self._ranks())
 
     def _examples_in_memory(self) -> tuple[list[list[Example]], list[list[Example]]]:
         """Examples for training, source by source where sources are mixed, and those for validation."""
@@ -272,22 +188,6 @@ class TextDataModule(LightningDataModule, Generic[Example]):
         (item,) = self._encode_bit(examples, Tally(row.where, losses=False))
         return self._placed(item, index)
 
-    def _recogniser(self) -> Recogniser:
-        """Goes by the keys alone where one of them is set to another name than the default."""
-        named = [key for key, default in self._default_keys.items() if getattr(self, key) != default]
-        if named and self.schema not in ("auto", "keys"):
-            raise ConfigError(f"schema {self.schema!r} and {', '.join(named)} are both set: choose one of them")
-        return Recogniser(self._task, "keys" if named else self.schema)
-
-    def _manner(self) -> Manner:
-        return Manner(self.format, self.encoding, self.split, self.name)
-
-    def _shape(self) -> dict[str, Any]:
-        """The arguments that decide, with the files, what the examples are."""
-        own = {name: value for name, value in vars(self).items() if isinstance(value, str | int | float | None)}
-        kept = {name: value for name, value in own.items() if not name.startswith("_") and name not in _SHAPELESS}
-        return kept | {"max_length": self._rule().max_length, "mix": self.mix}
-
     def train_dataloader(self) -> DataLoader[Any]:
         """Return the training batches, shuffled by the seed; Lightning gives each rank its share."""
         self.setup()
@@ -319,44 +219,18 @@ class TextDataModule(LightningDataModule, Generic[Example]):
         return examples
 
     def _loader(self, dataset: Any, *, training: bool) -> DataLoader[Any]:
-        ordered = training and self._order is not None
+        order = self._order(dataset) if training else None
         return DataLoader(
             dataset,
             batch_size=self.batch_size,
-            shuffle=training and not ordered,
-            sampler=self._order if ordered else None,
-            generator=torch.Generator().manual_seed(self.seed) if training else None,
+            shuffle=training and order is None,
+            sampler=order,
+            # Of its own also where nothing is shuffled: each pass draws a number, which training must not miss.
+            generator=torch.Generator().manual_seed(self.seed),
             num_workers=self.num_workers,
             collate_fn=self._collator(),
             drop_last=training and self._drop_last,
         )
-
-    def _tokens(self) -> PreTrainedTokenizerBase:
-        if self.tokenizer is None:
-            self.tokenizer = getattr(self._module(), "tokenizer", None)
-        if self.tokenizer is None:
-            raise ConfigError(f"{type(self).__name__} has no tokenizer: pass tokenizer=..., the one of the model")
-        return self.tokenizer
-
-    def _rule(self, reserve: int = 0) -> LengthRule:
-        limit = getattr(self._module(), "max_positions", None) if self.max_length is None else self.max_length
-        return LengthRule(limit, self.too_long, reserve)
-
-    def _module(self) -> Any:
-        """The module that is trained, where there is one yet."""
-        return getattr(self.trainer, "lightning_module", None)
-
-
-def mix_problem(path: Paths, mix: Sequence[float] | None) -> str:
-    """What is wrong with the shares of sources; empty where nothing is."""
-    names = file_names(path)
-    if mix is None:
-        return ""
-    if len(mix) != len(names) or len(set(names)) < len(names):
-        return f"mix needs one share for each path, each named once: {len(mix)} shares, path {', '.join(names)}"
-    if not all(0 < share < math.inf for share in mix):
-        return f"mix must be numbers above 0, found {list(mix)}"
-    return ""
 
 
 def first_rows(by_file: Mapping[str, Sequence[Row]], limit: int | None, *, each: bool) -> list[Row]:
@@ -364,15 +238,3 @@ def first_rows(by_file: Mapping[str, Sequence[Row]], limit: int | None, *, each:
     if each:
         return [row for rows in by_file.values() for row in rows[:limit]]
     return [row for rows in by_file.values() for row in rows][:limit]
-
-
-def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    """Raise a `ConfigError` where a setting is not one of its choices."""
-    if value not in allowed:
-        raise ConfigError(f"{name} must be one of {', '.join(allowed)}, found {value!r}")
-
-
-def check_positive(name: str, value: int | None) -> None:
-    """Raise a `ConfigError` where a setting is given and below 1."""
-    if value is not None and value < 1:
-        raise ConfigError(f"{name} must be 1 or more, found {value}")
