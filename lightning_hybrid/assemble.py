@@ -24,10 +24,14 @@ from lightning_hybrid.callbacks import (
     MetricsEvents,
     MetricsFile,
     PhaseProgressBar,
+    RichPhaseBar,
+    SampleLog,
     StopOnSignal,
+    make_wandb,
 )
+from lightning_hybrid.callbacks.best import best_checkpoint
 from lightning_hybrid.checkpoint import newest_complete
-from lightning_hybrid.config import DataConfig, LoggerConfig, ModelConfig, Run, StrategyConfig
+from lightning_hybrid.config import DataConfig, ModelConfig, Run, StrategyConfig
 from lightning_hybrid.errors import CheckpointError, ConfigError
 from lightning_hybrid.models import (
     Policy,
@@ -40,7 +44,7 @@ from lightning_hybrid.models import (
     with_adapter,
 )
 from lightning_hybrid.modules import roles
-from lightning_hybrid.report import RunReport
+from lightning_hybrid.report.callback import RunReport, without_credentials
 from lightning_hybrid.strategy import STRATEGIES, HybridDeepSpeedStrategy
 
 if TYPE_CHECKING:
@@ -100,17 +104,23 @@ def make_trainer(run: Run, stage: str, export: HFExport, callbacks: Sequence[Cal
     folder = _checkpoints_folder(run) if run.trainer.enable_checkpointing else None
     export.form = run.callbacks.export
     exports = [export] if run.callbacks.export_model else []
+    report = RunReport(run.output_dir, stage, without_credentials(run.model_dump(mode="json")))
+    for callback in callbacks:
+        if type(callback) is SampleLog:  # not those that log something else in the same form
+            callback.print_every = run.callbacks.print_samples
+    standard = [*_standard_callbacks(run, stage), *_averages(run, export), *exports]
     # Those that stop a run come after those that finish what they do first.
-    report = RunReport(run.output_dir, stage, run.model_dump(mode="json"))
-    own = [*_standard_callbacks(run, stage), *_averages(run, export), *exports, *callbacks, report, StopOnSignal(folder)]
+    own = [*standard, *callbacks, report, StopOnSignal(folder)]
     arguments = {name: value for name, value in run.trainer.model_dump().items() if value is not None}
     arguments.setdefault("max_epochs", -1)
+    if isinstance(run.trainer.val_check_interval, int):
+        arguments["check_val_every_n_epoch"] = None  # otherwise Lightning begins to count anew with each epoch
     strategy = make_strategy(run.strategy)
     strategy.run_config = run.model_dump(mode="json")
     return L.Trainer(
         **arguments,
         strategy=strategy,
-        logger=_make_logger(run.logger, run.output_dir),
+        logger=_make_loggers(run),
         callbacks=own,
         default_root_dir=run.output_dir,
         enable_model_summary=False,
@@ -143,17 +153,20 @@ def make_strategy(config: StrategyConfig) -> HybridDeepSpeedStrategy:
 def resolve_checkpoint(run: Run) -> Path | str | None:
     """The checkpoint that a run goes on from; None to start anew.
 
-    ``last`` is the newest complete one of the run's own folder. So is whatever a job says that SLURM started again:
-    its command is still that of its first start.
+    ``last`` is the newest complete one of the run's own folder, ``best`` the best one there. Whatever a job says that
+    SLURM started again, it is ``last``: its command is still that of its first start.
+
+    Raises:
+        CheckpointError: if there is none that is meant.
     """
-    requeued = int(os.environ.get("SLURM_RESTART_COUNT") or 0) > 0
+    requeued = _was_requeued()
     if run.ckpt_path != "last" and not requeued:
-        return run.ckpt_path
+        return _named_checkpoint(run)
     newest = newest_complete(_checkpoints_folder(run))
     if newest is not None:
         return newest
     if run.ckpt_path != "last":
-        return run.ckpt_path
+        return _named_checkpoint(run)
     left = sorted(path.name for path in _checkpoints_folder(run).glob("*.ckpt") if path.is_dir())
     if left:
         raise CheckpointError(
@@ -164,25 +177,52 @@ def resolve_checkpoint(run: Run) -> Path | str | None:
     return None
 
 
+def _named_checkpoint(run: Run) -> Path | str | None:
+    return best_checkpoint(_checkpoints_folder(run)) if run.ckpt_path == "best" else run.ckpt_path
+
+
 def _checkpoints_folder(run: Run) -> Path:
     return Path(run.output_dir) / "checkpoints"
 
 
-def _make_logger(config: LoggerConfig, output_dir: str) -> Logger | bool:
+def _make_loggers(run: Run) -> list[Logger] | bool:
+    """The table that reports read, and beside it what was asked for."""
+    config, folder = run.logger, run.output_dir
     if config.name == "none":
         return False
-    return MetricsFile(output_dir) if config.name == "csv" else MetricsEvents(output_dir)
+    loggers: list[Logger] = [MetricsFile(folder)]
+    if config.name == "tensorboard":
+        loggers.append(MetricsEvents(folder))
+    if config.name == "wandb":
+        resuming = run.ckpt_path is not None or _was_requeued()
+        settings = without_credentials(run.model_dump(mode="json"))
+        loggers.append(make_wandb(folder, config.project, config.offline, resuming, settings))
+    return loggers
+
+
+def _was_requeued() -> bool:
+    """Whether SLURM started the job again."""
+    return int(os.environ.get("SLURM_RESTART_COUNT") or 0) > 0
 
 
 def _standard_callbacks(run: Run, stage: str) -> list[Callback]:
     callbacks: list[Callback] = [History()]
     if run.trainer.enable_progress_bar:
-        callbacks.append(PhaseProgressBar(stage))
+        callbacks.append(RichPhaseBar(stage) if run.callbacks.progress == "rich" else PhaseProgressBar(stage))
     if run.trainer.enable_checkpointing:
         settings = run.callbacks
         folder = _checkpoints_folder(run)
-        callbacks.append(Checkpoints(folder, settings.checkpoint_every_n_steps, settings.keep_checkpoints))
+        kept = (settings.checkpoint_every_n_steps, settings.keep_checkpoints, settings.best_metric, settings.best_mode)
+        callbacks.append(Checkpoints(folder, *kept))
     return callbacks
+
+
+def _show_remarks() -> None:
+    """Show what the project says, such as the schema it found in the data; with the user's own logging, if any."""
+    logger = logging.getLogger("lightning_hybrid")
+    logger.setLevel(logging.INFO)
+    if not logger.hasHandlers():
+        logger.addHandler(logging.StreamHandler())
 
 
 def _quieten() -> None:
@@ -191,6 +231,9 @@ def _quieten() -> None:
 
     transformers_logging.disable_progress_bar()
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    _show_remarks()
+    # What a data module without rows for validation returns.
+    warnings.filterwarnings("ignore", r"Total length of `list` across ranks is zero")
     # Frozen models are meant to be in evaluation mode.
     warnings.filterwarnings("ignore", r"Found \d+ module\(s\) in eval mode at the start of training")
     warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated")

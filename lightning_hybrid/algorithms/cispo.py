@@ -30,5 +30,11 @@ class CISPOConfig(GRPOConfig):
 
     def policy_loss(self, logprobs: Tensor, old_logprobs: Tensor, **terms: Any) -> tuple[Tensor, dict[str, Tensor]]:
         """Log-probs under clipped importance weights."""
-        limits = {"clip_low": self.clip_low, "clip_high": self.clip_high, "aggregation": self.aggregation}
-        return cispo_loss(logprobs, old_logprobs, **limits, **terms)
+        return cispo_loss(
+            logprobs,
+            old_logprobs,
+            clip_low=self.clip_low,
+            clip_high=self.clip_high,
+            aggregation=self.aggregation,
+            **terms,
+        )

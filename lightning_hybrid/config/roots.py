@@ -33,6 +33,12 @@ def _checkpoints_are_enabled(run: Run) -> Problem | None:
     return Problem("callbacks.checkpoint_every_n_steps", remedy, str(run.callbacks.checkpoint_every_n_steps))
 
 
+def _the_best_is_of_checkpoints(run: Run) -> Problem | None:
+    if run.callbacks.best_metric is None or run.trainer.enable_checkpointing:
+        return None
+    return Problem("callbacks.best_metric", "needs trainer.enable_checkpointing=true", repr(run.callbacks.best_metric))
+
+
 def _tensor_parallel_fits_ranks(run: Run) -> Problem | None:
     ranks, size = ranks_of(run.trainer), run.strategy.hybrid_engine.inference_tp_size
     if ranks is None or ranks % size == 0:
@@ -41,10 +47,22 @@ def _tensor_parallel_fits_ranks(run: Run) -> Problem | None:
     return Problem("strategy.hybrid_engine.inference_tp_size", remedy, str(size))
 
 
+def _samples_are_drawn(run: Run) -> Problem | None:
+    if run.callbacks.print_samples is None or "rollout" in type(run).model_fields:
+        return None
+    remedy = "this recipe samples no responses: leave it out"
+    return Problem("callbacks.print_samples", remedy, str(run.callbacks.print_samples))
+
+
 class Run(Settings):
     """What every recipe needs."""
 
-    rules: ClassVar[tuple[Rule, ...]] = (_checkpoints_are_enabled, _tensor_parallel_fits_ranks)
+    rules: ClassVar[tuple[Rule, ...]] = (
+        _checkpoints_are_enabled,
+        _the_best_is_of_checkpoints,
+        _tensor_parallel_fits_ranks,
+        _samples_are_drawn,
+    )
 
     strategy: StrategyConfig = Field(default_factory=StrategyConfig)
     """strategy of the trainer"""
@@ -65,7 +83,7 @@ class Run(Settings):
     output_dir: str
     """folder that this run writes to"""
     ckpt_path: str | None = None
-    """checkpoint to go on from; 'last' for the newest complete one of output_dir, if there is one"""
+    """checkpoint to go on from; 'last': the newest complete one of output_dir, if there is one; 'best': the best one"""
 
 
 class SFTRun(Run):

@@ -70,10 +70,8 @@ def gain_experience(module: PPOModule, rollout: Rollout, scores: Tensor, group: 
     """
     config, mask = module.config, rollout.response_mask
     size, temperature, source = config.micro_batch_size, module.rollout_config.temperature, module.old_logprob_source
-    if source.recompute:
-        old = policy_logprobs(module.actor, rollout, size, temperature)
-    else:
-        old = source.of_rollout(rollout)
+    again = source.recompute
+    old = policy_logprobs(module.actor, rollout, size, temperature) if again else source.of_rollout(rollout)
     ref = values = None
     if module.reference is not None:
         ref = policy_logprobs(module.reference, rollout, size, temperature)

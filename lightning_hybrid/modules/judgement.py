@@ -64,8 +64,10 @@ def _figures_of_several(judgements: Sequence[Judgement], config: EvaluationConfi
     figures, k, threshold = {}, config.best_of, config.pass_threshold
     if k > 1:
         figures[f"val/best_of_{k}"] = _mean(expected_best(each.scores, k) for each in judgements)
-    for size in {1, k} if threshold is not None else ():
-        passed = [[score >= threshold for score in each.scores] for each in judgements]
+    if threshold is None:
+        return figures
+    passed = [[score >= threshold for score in each.scores] for each in judgements]
+    for size in sorted({1, k}):
         figures[f"val/pass@{size}"] = _mean(pass_at_k(len(of_one), sum(of_one), size) for of_one in passed)
     return figures
 
@@ -92,8 +94,8 @@ def pass_at_k(n: int, c: int, k: int) -> float:
 def expected_best(scores: Sequence[float], k: int) -> float:
     """The mean, over all choices of ``k`` of the scores, of the highest one chosen.
 
-    The ``i``-th smallest of ``n`` (from 1) is the highest of ``C(i - 1, k - 1)`` of the ``C(n, k)`` choices. Of scores 0
-    and 1 this is :func:`pass_at_k`.
+    The ``i``-th smallest of ``n`` (from 1) is the highest of ``C(i - 1, k - 1)`` of the ``C(n, k)`` choices. Of scores
+    0 and 1 this is :func:`pass_at_k`.
 
     Raises:
         ValueError: if ``k`` is not from 1 to the number of scores.

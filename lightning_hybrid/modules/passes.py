@@ -6,13 +6,15 @@ import torch
 from torch import Tensor
 
 from lightning_hybrid.generation import used_columns
-from lightning_hybrid.models import Policy, ScalarModel
+from lightning_hybrid.models import AdaptersOff, Policy, ScalarModel
 from lightning_hybrid.modules.batching import micro_batches
 from lightning_hybrid.rollout import Rollout
 
 
 @torch.no_grad()
-def policy_logprobs(policy: Policy, rollout: Rollout, micro_batch_size: int, temperature: float = 1.0) -> Tensor:
+def policy_logprobs(
+    policy: Policy | AdaptersOff, rollout: Rollout, micro_batch_size: int, temperature: float = 1.0
+) -> Tensor:
     """Log-probs of the sampled tokens, ``[batch, time]`` float32, 0 outside the responses."""
     attention, response = rollout.attention_mask, rollout.response_mask
     result = torch.zeros_like(rollout.policy_logprobs)

@@ -17,7 +17,7 @@ from lightning_hybrid.config import AdapterConfig, EvaluationConfig, RolesConfig
 from lightning_hybrid.data import InstructionDataModule
 from lightning_hybrid.engines.agreement import on_every_rank
 from lightning_hybrid.errors import RolloutError
-from lightning_hybrid.models import Policy, ScalarModel, end_of_text_ids, max_positions
+from lightning_hybrid.models import Policy, ScalarModel, end_of_text_ids, max_positions, with_adapter
 from lightning_hybrid.modules import roles as making
 from lightning_hybrid.modules.engines import engine_specs, optimizers_of, refuse_other_strategies
 from lightning_hybrid.modules.evaluation import Evaluation
@@ -101,11 +101,11 @@ class PPOModule(L.LightningModule):
         for name, model in reward_models.items():
             self.add_module(name, model)
         self.reward_models = tuple(reward_models)
-        self.critic = (
-            making.make_critic(critic, self.reward, self.actor, self.tokenizer) if self.config.critic else None
-        )
         making.prepare_for_training(self.actor, self.roles.actor)
-        if self.critic is not None:
+        self.critic = None
+        if self.config.critic:
+            whole = making.make_critic(critic, self.reward, self.actor, self.tokenizer)
+            self.critic = with_adapter(whole, critic_adapter)
             making.prepare_for_training(self.critic, self.roles.critic)
         self.ptx = None if ptx is None else PTX(ptx, seed)
         self.kl_controller = making.make_kl_controller(self.config)
@@ -179,7 +179,7 @@ class PPOModule(L.LightningModule):
         self.evaluation.judge(self, batch)
 
     def on_validation_epoch_end(self) -> None:
-        """Log what was found over all prompts of all ranks, see :func:`~lightning_hybrid.modules.judgement.figures_of`."""
+        """Log figures over all prompts of all ranks, see :func:`~lightning_hybrid.modules.judgement.figures_of`."""
         # The same on all ranks already; Lightning warns where it does not average validations itself.
         self.log_dict(self.evaluation.conclude(self), sync_dist=True)
 

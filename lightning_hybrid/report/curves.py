@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning_hybrid.errors import DataError
 from lightning_hybrid.report.metrics import Metrics
+from lightning_hybrid.report.panels import SECONDS, STAGES, Panel, phases_of
 from lightning_hybrid.report.style import BLUE, CYCLE, VERMILLION, decorate, legend
 
 if TYPE_CHECKING:
@@ -18,46 +18,6 @@ if TYPE_CHECKING:
 _COLUMNS = 3
 _SMOOTH_FROM = 50  # points; fewer can be seen one by one
 _MARK_UP_TO = 20  # points; a line of one point would not be seen at all
-_SECONDS = "seconds/"
-_PHASES = ("rollout", "reward", "experience", "update")  # stacked in the order in which they run
-
-
-@dataclass(frozen=True)
-class Panel:
-    """One plot: what it is called, its unit, and the metrics it shows."""
-
-    title: str
-    unit: str
-    train: str
-    validation: str | None = None
-
-
-STAGES: dict[str, tuple[str, str, tuple[Panel, ...]]] = {
-    "sft": ("SFT", "optimizer step", (Panel("loss", "nats per token", "loss", "val/loss"),)),
-    "reward": (
-        "Reward model",
-        "optimizer step",
-        (
-            Panel("loss", "nats per pair", "loss", "val/loss"),
-            Panel("accuracy", "share of pairs", "accuracy", "val/accuracy"),
-        ),
-    ),
-    "ppo": (
-        "PPO",
-        "iteration",
-        (
-            Panel("reward", "mean score", "reward/score", "val/score"),
-            Panel("KL to the reference", "nats per response", "policy/kl"),
-            Panel("entropy of the policy", "nats per token", "policy/entropy"),
-            Panel("clipped ratios", "share of tokens", "policy/clip_fraction"),
-            Panel("explained variance of the values", "1 is perfect", "value/explained_variance"),
-            Panel("response length", "tokens", "rollout/response_length", "val/response_length"),
-            Panel("responses that end with EOS", "share of responses", "rollout/eos_rate", "val/eos_rate"),
-            Panel("seconds per phase", "seconds", _SECONDS),
-        ),
-    ),
-}
-"""For each stage its name, what it counts, and its panels."""
 
 
 def draw_curves(metrics_by_stage: Mapping[str, Metrics], path: str | Path) -> None:
@@ -66,7 +26,7 @@ def draw_curves(metrics_by_stage: Mapping[str, Metrics], path: str | Path) -> No
     Validation is drawn over training. Lines of more than 50 points get a moving average, with the raw line behind it.
 
     Args:
-        metrics_by_stage: of the stages ``"sft"``, ``"reward"`` and ``"ppo"``, or some of them.
+        metrics_by_stage: by stage, one of :data:`~lightning_hybrid.report.panels.STAGES`.
         path: the PNG to write; its folder is made where it is missing.
 
     Raises:
@@ -104,14 +64,8 @@ def choose_panels(metrics_by_stage: Mapping[str, Metrics]) -> list[tuple[str, Pa
         (stage, panel)
         for stage, (_, _, panels) in STAGES.items()
         for panel in panels
-        if stage in metrics_by_stage and _has(panel, metrics_by_stage[stage])
+        if stage in metrics_by_stage and panel.shows(metrics_by_stage[stage])
     ]
-
-
-def _has(panel: Panel, metrics: Metrics) -> bool:
-    if panel.train == _SECONDS:
-        return any(name.startswith(_SECONDS) for name in metrics)
-    return panel.train in metrics or panel.validation in metrics
 
 
 def _draw_panel(ax: Axes, stage: str, panel: Panel, metrics: Metrics) -> None:
@@ -120,7 +74,7 @@ def _draw_panel(ax: Axes, stage: str, panel: Panel, metrics: Metrics) -> None:
     name, counted, _ = STAGES[stage]
     decorate(ax, f"{name} · {panel.title}", counted, panel.unit)
     ax.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
-    if panel.train == _SECONDS:
+    if panel.train == SECONDS:
         _stack_seconds(ax, metrics)
         return
     if panel.train in metrics:
@@ -156,10 +110,8 @@ def smooth(values: list[float]) -> list[float]:
 
 def _stack_seconds(ax: Axes, metrics: Metrics) -> None:
     """Areas, one for each phase, that add up to the seconds of an iteration."""
-    phases = {name.removeprefix(_SECONDS): metrics[name] for name in metrics if name.startswith(_SECONDS)}
-    known = [name for name in _PHASES if name in phases]
-    names = known + [name for name in phases if name not in known]
-    seconds = {name: dict(zip(*phases[name], strict=True)) for name in names}
+    names = phases_of(metrics)
+    seconds = {name: dict(zip(*metrics[f"{SECONDS}{name}"], strict=True)) for name in names}
     steps = sorted({step for by_step in seconds.values() for step in by_step})
     heights = [[seconds[name].get(step, 0.0) for step in steps] for name in names]
     if len(steps) == 1:  # an area needs two ends

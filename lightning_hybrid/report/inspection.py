@@ -18,7 +18,7 @@ from lightning_hybrid.config.inspect import (
 )
 from lightning_hybrid.data.balancing import LikeLengths, padding_share
 from lightning_hybrid.data.checking import LOGGER
-from lightning_hybrid.data.datamodule import (
+from lightning_hybrid.data.datamodules import (
     InstructionDataModule,
     PreferenceDataModule,
     PromptDataModule,

@@ -62,14 +62,29 @@ def write_report(
     Raises:
         DataError: if a picture is missing or is not a PNG.
     """
-    page = Template(_TEMPLATE.read_text(encoding="utf-8")).substitute(
-        title=escape(title),
-        tiles=_tiles(headline),
-        curves=_picture("curves", "Learning curves", curves),
-        scores=_picture("scores", "Scores before and after", scores),
-        samples=_samples(samples),
-        config=_config(config),
-    )
+    parts = [
+        tiles(headline),
+        picture("curves", "Learning curves", curves),
+        picture("scores", "Scores before and after", scores),
+        samples_before_and_after(samples),
+        folded("Configuration", None if config is None else as_json(config)),
+    ]
+    return write_page(path, title, parts)
+
+
+def write_page(path: str | Path, title: str, parts: Sequence[str]) -> Path:
+    """Write a page.
+
+    Args:
+        path: the file to write; its folder is made where it is missing.
+        title: of the page; escaped here.
+        parts: HTML of the page one below the other; "" for one that is not there.
+
+    Returns:
+        ``path``.
+    """
+    body = "\n".join(part for part in parts if part)
+    page = Template(_TEMPLATE.read_text(encoding="utf-8")).substitute(title=escape(title), body=body)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     # Texts from JSON files may hold half a surrogate pair, which UTF-8 cannot carry.
@@ -77,12 +92,44 @@ def write_report(
     return path
 
 
-def _tiles(headline: Mapping[str, str]) -> str:
-    tiles = [f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in headline.items()]
-    return f'<dl class="tiles">{"".join(tiles)}</dl>' if tiles else ""
+def tiles(headline: Mapping[str, str]) -> str:
+    """Figures that are seen first, by what they are called; "" for none."""
+    cards = [f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in headline.items()]
+    return f'<dl class="tiles">{"".join(cards)}</dl>' if cards else ""
 
 
-def _picture(key: str, name: str, path: Path | None) -> str:
+def section(key: str, name: str, body: str) -> str:
+    """A card with a heading; "" for no body."""
+    return f'<section id="{key}"><h2>{escape(name)}</h2>{body}</section>' if body else ""
+
+
+def folded(name: str, body: str | None) -> str:
+    """A card that is opened by a click; "" for None."""
+    return "" if body is None else f"<section><details><summary>{escape(name)}</summary>{body}</details></section>"
+
+
+def as_json(values: Mapping[str, Any]) -> str:
+    """Values as indented JSON."""
+    text = json.dumps(dict(values), indent=2, ensure_ascii=False, default=str)
+    return f"<pre>{escape(text)}</pre>"
+
+
+def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table of short values that scrolls on narrow screens."""
+    head = "".join(f'<th scope="col">{escape(name)}</th>' for name in heads)
+    body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    return (
+        f'<div class="scroll" tabindex="0"><table class="values"><thead><tr>{head}</tr></thead>'
+        f"<tbody>{body}</tbody></table></div>"
+    )
+
+
+def picture(key: str, name: str, path: Path | None) -> str:
+    """A card with a PNG; "" for no path.
+
+    Raises:
+        DataError: if it is missing or is not a PNG.
+    """
     if path is None:
         return ""
     if not path.is_file():
@@ -93,15 +140,18 @@ def _picture(key: str, name: str, path: Path | None) -> str:
     data = base64.b64encode(content).decode("ascii")
     # The picture scrolls on narrow screens, and people who use the keyboard must be able to reach it.
     image = f'<img alt="{name}" src="data:image/png;base64,{data}">'
-    return f'<section id="{key}"><h2>{name}</h2><div class="picture" tabindex="0">{image}</div></section>'
+    return section(key, name, f'<div class="picture" tabindex="0">{image}</div>')
 
 
-def _samples(samples: Sequence[Comparison]) -> str:
+def samples_before_and_after(samples: Sequence[Comparison], title: str = "Samples", key: str = "samples") -> str:
+    """A card with two responses to each prompt; "" for none."""
     if not samples:
         return ""
-    heads = "".join(f'<th scope="col">{name}</th>' for name in ("Prompt", "Before", "After", "Change"))
+    heads = "".join(f'<th scope="col">{name}</th>' for name in ("Prompt", "Before", "After"))
+    heads += '<th scope="col" class="change">Change</th>'
     rows = "".join(_row(sample) for sample in samples)
-    return f"<section><h2>Samples</h2><table><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table></section>"
+    body = f'<table class="samples"><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table>'
+    return section(key, title, body)
 
 
 def _row(sample: Comparison) -> str:
@@ -110,19 +160,14 @@ def _row(sample: Comparison) -> str:
     arrow = {"up": "▲", "down": "▼", "same": "="}[sign]  # colour alone would not tell everyone
     return (
         f'<tr class="{sign}"><td data-label="Prompt"><p dir="auto">{escape(sample.prompt)}</p></td>'
-        f"{_response('Before', sample.before, sample.score_before)}"
-        f"{_response('After', sample.after, sample.score_after)}"
+        f'<td data-label="Before" class="before">{response(sample.before, sample.score_before)}</td>'
+        f'<td data-label="After" class="after">{response(sample.after, sample.score_after)}</td>'
         f'<td data-label="Change" class="change">{arrow} {change:+.3f}</td></tr>'
     )
 
 
-def _response(label: str, text: str, score: float) -> str:
+def response(text: str, score: float, after: int | None = None) -> str:
+    """What a policy wrote, its score, and after how many steps."""
     shown = f'<p dir="auto">{escape(text)}</p>' if text.strip() else '<p class="empty">no text</p>'
-    return f'<td data-label="{label}" class="{label.lower()}">{shown}<span class="score">score {score:.3f}</span></td>'
-
-
-def _config(config: Mapping[str, Any] | None) -> str:
-    if config is None:
-        return ""
-    text = json.dumps(dict(config), indent=2, ensure_ascii=False, default=str)
-    return f"<section><details><summary>Configuration</summary><pre>{escape(text)}</pre></details></section>"
+    step = "" if after is None else f", after step {after:,}"
+    return f'{shown}<span class="score">score {score:.3f}{step}</span>'

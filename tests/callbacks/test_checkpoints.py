@@ -10,7 +10,7 @@ import pytest
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_hybrid.callbacks import Checkpoints
-from lightning_hybrid.callbacks.checkpoints import replace_link
+from lightning_hybrid.callbacks.links import replace_link
 from tests.helpers import GAN, Regression, quiet_trainer, random_batches
 
 

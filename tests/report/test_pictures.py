@@ -85,8 +85,10 @@ def test_nothing_to_draw_says_what_was_logged(tmp_path):
 
 
 def test_a_stage_without_curves_is_named(tmp_path):
-    with pytest.raises(DataError, match=r"unknown stages \['dpo'\]: there are curves for \['sft', 'reward', 'ppo'\]"):
-        draw_curves({"dpo": {"loss": LINE}}, tmp_path / "curves.png")
+    with pytest.raises(
+        DataError, match=r"unknown stages \['grpo'\]: there are curves for \['sft', 'reward', 'dpo', 'kto'"
+    ):
+        draw_curves({"grpo": {"loss": LINE}}, tmp_path / "curves.png")
 
 
 def test_smoothing_keeps_a_straight_line_straight_and_bridges_holes():

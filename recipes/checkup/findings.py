@@ -1,0 +1,176 @@
+"""What the facts mean for a run, and what to do about it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from checkup.combinations import COMBINATIONS, Level, within
+from checkup.facts import Facts
+
+GIB = 2**30
+_FULL, _NEARLY_FULL = GIB // 4, 5 * GIB
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that is not as it should be, or good to know."""
+
+    level: Level
+    problem: str
+    remedy: str
+
+
+def judge(facts: Facts) -> list[Finding]:
+    """All findings, those that stop a run first."""
+    found: list[Finding] = []
+    for look in (
+        _unknown,
+        _packages,
+        _combinations,
+        _accelerator,
+        _build_tools,
+        _extensions,
+        _launch,
+        _network,
+        _space,
+    ):
+        found += look(facts)
+    return sorted(found, key=lambda finding: ("stop", "warn", "note").index(finding.level))
+
+
+def _unknown(facts: Facts) -> Iterator[Finding]:
+    for what, why in facts.unknown.items():
+        yield Finding("warn", f"{what} could not be looked at: {why}", "see whether the message says why")
+
+
+def _packages(facts: Facts) -> Iterator[Finding]:
+    if tuple(map(int, facts.python.split(".")[:2])) < (3, 11):
+        yield Finding(
+            "stop", f"Python {facts.python} is older than 3.11", "make an environment with Python 3.11 or later"
+        )
+    for name, least in facts.needed.items():
+        package = facts.packages.get(name)
+        if package is None or package.error is not None:
+            continue
+        if not package.version:
+            yield Finding("stop", f"{name} is not installed", f'pip install "{name}>={least}"')
+        elif package.version[0].isdigit() and within(package.version, f"<{least}"):
+            yield Finding("stop", f"{name} {package.version} is older than {least}", f'pip install "{name}>={least}"')
+    for name, package in facts.packages.items():
+        if package.error is not None:
+            level: Level = "stop" if name in facts.needed or name == "lightning-hybrid" else "warn"
+            yield Finding(level, f"import of {name} fails: {package.error}", f"pip install --force-reinstall {name}")
+
+
+def _combinations(facts: Facts) -> Iterator[Finding]:
+    here = "gpu" if facts.torch.get("devices") else "cpu"
+    for known in COMBINATIONS:
+        versions = {name: facts.packages[name].version for name in known.packages if name in facts.packages}
+        matches = len(versions) == len(known.packages) and all(
+            within(versions[name], ranges) for name, ranges in known.packages.items()
+        )
+        if matches and known.on in ("both", here):
+            names = ", ".join(f"{name} {version}" for name, version in versions.items())
+            yield Finding(known.level, f"{names}: {known.problem}", known.remedy)
+
+
+def _accelerator(facts: Facts) -> Iterator[Finding]:
+    seen, asked = bool(facts.torch.get("devices")), facts.variables.get("DS_ACCELERATOR")
+    if facts.packages.get("torch") is None or facts.packages["torch"].error is not None:
+        return
+    if asked == "cpu" and seen:
+        yield Finding("warn", "DS_ACCELERATOR=cpu: DeepSpeed does not use the GPU", "unset DS_ACCELERATOR")
+    if asked == "cuda" and not seen:
+        yield Finding("stop", "DS_ACCELERATOR=cuda, and torch sees no GPU", "unset DS_ACCELERATOR, or see below")
+    if facts.nvidia and not seen:
+        yield Finding(
+            "warn", f"torch does not see the GPU ({facts.nvidia[0]}): {_why_unseen(facts)}", _make_seen(facts)
+        )
+
+
+def _why_unseen(facts: Facts) -> str:
+    if not facts.torch.get("cuda"):
+        return f"torch {facts.packages['torch'].version} is built for CPUs"
+    if "CUDA_VISIBLE_DEVICES" in facts.variables:
+        return f"CUDA_VISIBLE_DEVICES={facts.variables['CUDA_VISIBLE_DEVICES']!r}"
+    return "; ".join(facts.torch.get("said", [])) or "the driver may be too old for this torch"
+
+
+def _make_seen(facts: Facts) -> str:
+    if not facts.torch.get("cuda"):
+        return "install a torch that is built for CUDA"
+    if "CUDA_VISIBLE_DEVICES" in facts.variables:
+        return "unset CUDA_VISIBLE_DEVICES, or name the GPU in it"
+    return f"update the driver, or install a torch for an older CUDA than {facts.torch['cuda']}"
+
+
+def _build_tools(facts: Facts) -> Iterator[Finding]:
+    missing = [name for name in ("g++", "ninja") if not facts.compilers.get(name)]
+    if missing:
+        yield Finding(
+            "note",
+            f"no {' and no '.join(missing)}: DeepSpeed's compiled ops cannot be built",
+            "none is needed unless strategy.config asks for it (FusedAdam): apt-get install g++; pip install ninja",
+        )
+    if not facts.torch.get("devices"):
+        return
+    if not facts.compilers.get("gcc"):
+        yield Finding("warn", "no gcc: Triton cannot build the kernels of the rollout", "apt-get install gcc")
+    nvcc, cuda = facts.compilers.get("nvcc", ""), str(facts.torch.get("cuda"))
+    if nvcc and f"release {cuda.split('.')[0]}." not in nvcc:
+        yield Finding(
+            "warn",
+            f"torch is built for CUDA {cuda}, and nvcc says '{nvcc}': DeepSpeed refuses to compile ops",
+            f"point CUDA_HOME at a CUDA {cuda.split('.')[0]}, or do without FusedAdam and the like",
+        )
+
+
+def _extensions(facts: Facts) -> Iterator[Finding]:
+    for lock in facts.extensions.get("stale_locks", []):
+        yield Finding("stop", f"a build that was killed left {lock}: the next one waits for it for ever", f"rm {lock}")
+    for lock in facts.extensions.get("fresh_locks", []):
+        yield Finding("note", f"{lock}: something is being built there", "if nothing is, remove it")
+
+
+def _launch(facts: Facts) -> Iterator[Finding]:
+    given = {name: facts.variables[name] for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE") if name in facts.variables}
+    if given and "SLURM_JOB_ID" not in facts.variables:
+        shown = " ".join(f"{name}={value}" for name, value in given.items())
+        yield Finding(
+            "warn", f"{shown}: a run takes itself for one rank of several and waits", f"unset {' '.join(given)}"
+        )
+    threads = facts.variables.get("OMP_NUM_THREADS", "")
+    if threads.isdigit() and int(threads) > facts.cores > 0:
+        problem = f"OMP_NUM_THREADS={threads} on {facts.cores} cores: threads wait for each other"
+        yield Finding("warn", problem, f"export OMP_NUM_THREADS={facts.cores} or less, divided by the ranks")
+
+
+def _network(facts: Facts) -> Iterator[Finding]:
+    if facts.network and not facts.network["address"]:
+        name = facts.network["hostname"]
+        yield Finding(
+            "warn",
+            f"the host's name, {name}, does not resolve: gloo may not connect several ranks",
+            f"echo '127.0.0.1 {name}' >> /etc/hosts, or export GLOO_SOCKET_IFNAME=lo on a single machine",
+        )
+    for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+        given = facts.variables.get(variable, "")
+        prefixes = [name for name in given.lstrip("^=").split(",") if name]
+        there = facts.network.get("interfaces", [])
+        if prefixes and not given.startswith("^") and not any(n.startswith(p) for p in prefixes for n in there):
+            problem = f"{variable}={given} is no interface; there are: {', '.join(there)}"
+            yield Finding("stop", problem, f"unset {variable}, or name one of them")
+
+
+def _space(facts: Facts) -> Iterator[Finding]:
+    for name, free in facts.free.items():
+        shown = f"{free / GIB:.2f} GiB"
+        if name == "/dev/shm":
+            if free < _FULL:
+                remedy = "data loader workers and NCCL need it: in a container, --shm-size=2g"
+                yield Finding("warn", f"{shown} of shared memory are free in /dev/shm", remedy)
+        elif free < _FULL:
+            yield Finding("stop", f"{shown} of disk are free ({name}): checkpoints need more", "make room")
+        elif free < _NEARLY_FULL:
+            yield Finding("warn", f"{shown} of disk are free ({name})", "a checkpoint takes 12 to 16 bytes a parameter")
