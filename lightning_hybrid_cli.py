@@ -23,6 +23,9 @@ COMMANDS = {
     "export": "a Hugging Face folder from a checkpoint, or from an adapter and its base",
     "inspect": "what a tokenizer makes of data: schema, counts, lengths, samples with their masks",
     "plan": "what memory ppo with the same settings takes, and which settings make it fit",
+    "compare": "runs beside each other: settings that differ, metrics, curves, samples; takes the runs' folders",
+    "doctor": "what of this machine and environment would stop a run, and what to do about it; takes --json",
+    "summary": "one table and one picture of the runs below a folder, such as a sweep done in pieces",
 }
 # A recipe called inspect.py would hide Python's own module of that name from every recipe beside it.
 FILES = {"inspect": "inspect_data"}
@@ -37,6 +40,7 @@ examples:
   lightning-hybrid ppo experiment=movie_sentiment/ppo algorithm.kl_coef=0.02
   lightning-hybrid ppo experiment=movie_sentiment/ppo algorithm.kl_coef=0.01,0.05 -m    one run for each value
   lightning-hybrid plan experiment=movie_sentiment/ppo                                  its memory, before it starts
+  lightning-hybrid compare outputs/movie_sentiment/ppo outputs/movie_sentiment/grpo     two runs beside each other
   lightning-hybrid ppo --help                                                           all settings and choices
   eval "$(lightning-hybrid completion)"                                                 bash completes all of them
 """

@@ -23,6 +23,7 @@ from lightning_hybrid.config.data import (
     PromptDataConfig,
     UnpairedDataConfig,
 )
+from lightning_hybrid.config.evaluation import EvaluationConfig
 from lightning_hybrid.config.groups import (
     CallbacksConfig,
     CheckpointConfig,
@@ -37,7 +38,6 @@ from lightning_hybrid.config.groups import (
 )
 from lightning_hybrid.config.plan import PlanRun
 from lightning_hybrid.config.ppo import PPORun, PTXConfig
-from lightning_hybrid.config.evaluation import EvaluationConfig
 from lightning_hybrid.config.preference import DPOConfig, DPORun, KTOConfig, KTORun, PreferenceModelConfig
 from lightning_hybrid.config.reward import ClassifierConfig, RewardSourceConfig, RewardTermConfig, WeightedTermConfig
 from lightning_hybrid.config.roles import FrozenRoleConfig, RolesConfig, TrainedRoleConfig

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import importlib.util
+import os
 import re
 import sys
 from collections.abc import Iterable, Sequence
@@ -37,9 +38,13 @@ _ONLINE = "ppo"
 
 def prepare(arguments: Sequence[str], conf: Path) -> list[str]:
     """The arguments as Hydra should have them: an unknown key passes, and is reported by validation with all others."""
-    if _options(arguments).shell_completion:
+    options = _options(arguments)
+    if options.shell_completion:
         return list(arguments)
-    return [force(argument, conf) for argument in arguments]
+    others = [*arguments]
+    for override in options.overrides:
+        others.remove(override)
+    return [*(force(override, conf) for override in options.overrides), *others]  # Hydra wants them apart
 
 
 def force(override: str, conf: Path) -> str:
@@ -71,7 +76,8 @@ def find_problem(arguments: Sequence[str], conf: Path) -> str | None:
 def shows_only(arguments: Sequence[str]) -> bool:
     """Whether Hydra answers these arguments, and nothing is run."""
     options = _options(arguments)
-    return any((options.help, options.hydra_help, options.cfg, options.info, options.shell_completion))
+    asked = (options.help, options.hydra_help, options.cfg, options.info, options.shell_completion, options.resolve)
+    return any(asked)
 
 
 def show(config_name: str, arguments: Sequence[str], conf: Path) -> None:
@@ -84,7 +90,11 @@ def show(config_name: str, arguments: Sequence[str], conf: Path) -> None:
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
-    sys.argv = [sys.argv[0], *prepare(arguments, conf)]
+    completions = _completed_choices(config_name, arguments, conf)
+    if completions:
+        sys.stdout.write(" ".join(completions) + "\n")
+        return
+    sys.argv = [sys.argv[0], *_with_what_hydra_refers_to(prepare(arguments, conf))]
     register_help(config_name, conf)
     try:
         hydra.main(version_base=HYDRA_VERSION, config_path=str(conf), config_name=config_name)(_do_nothing)()
@@ -130,6 +140,26 @@ def _options(arguments: Sequence[str]) -> Namespace:
     return options
 
 
+def _completed_choices(config_name: str, arguments: Sequence[str], conf: Path) -> list[str]:
+    """Completions of `group=`, where Hydra knows no choices in folders; none for another request."""
+    if not _options(arguments).shell_completion or "query=bash" not in arguments:
+        return []
+    word = os.environ.get("COMP_LINE", "").rpartition(" ")[2]
+    match = _GROUP_OVERRIDE.match(word)
+    if match is None or not (conf / match[1]).is_dir():
+        return []
+    return [match[0] + choice for choice in _choices_for(config_name, match[1], conf)]
+
+
+def _with_what_hydra_refers_to(arguments: list[str]) -> list[str]:
+    """`--cfg hydra --resolve` as a part of everything: alone, it lacks the `output_dir` that its folders refer to."""
+    options = _options(arguments)
+    if options.cfg != "hydra" or not options.resolve:
+        return arguments
+    package = "hydra" if options.package is None else f"hydra.{options.package.removeprefix('hydra.')}"
+    return [*options.overrides, "--cfg", "all", "--resolve", "--package", package]
+
+
 def _do_nothing(cfg: object) -> None:
     """In place of a recipe that is not run."""
 
@@ -164,7 +194,7 @@ def _missing_choice(group: str, values: Iterable[str], conf: Path) -> str | None
 
 
 def _values(override: str) -> list[str]:
-    """The choices that an override names, several in a sweep; none where it takes a choice away or matches a pattern."""
+    """The choices that an override names, several in a sweep; none where it names null or a pattern."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.core.override_parser.types import ChoiceSweep
     from hydra.errors import HydraException
@@ -187,16 +217,22 @@ def _groups(config_name: str, conf: Path) -> str:
 
 
 def _group(group: str, chosen: str | None, config_name: str, conf: Path) -> str:
-    choices = [choice for choice in choices_of(group, conf) if _belongs(choice, group, config_name, conf)]
+    choices = _choices_for(config_name, group, conf)
     width = max(map(len, choices), default=0)
     lines = (f"  {choice:<{width}}  {purpose(conf / group / f'{choice}.yaml')}" for choice in choices)
     return "\n".join([f"{group}={chosen or 'null'}", *lines])
 
 
-def _belongs(choice: str, group: str, config_name: str, conf: Path) -> bool:
-    """Algorithms and experiments are named after their recipe, or are PPO's."""
+def _choices_for(config_name: str, group: str, conf: Path) -> list[str]:
+    """The choices of a group that a recipe may take."""
+    choices = choices_of(group, conf)
     if group not in ("algorithm", "experiment"):
-        return True
+        return choices
+    return [choice for choice in choices if _belongs(choice, config_name, conf)]
+
+
+def _belongs(choice: str, config_name: str, conf: Path) -> bool:
+    """Algorithms and experiments are named after their recipe, or are PPO's."""
     recipe = _ONLINE if config_name == _MEMORY_PLAN else config_name
     name = choice.rpartition("/")[2]
     return (name if (conf / f"{name}.yaml").is_file() else _ONLINE) == recipe

@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import os
-import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, TypeVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
 
+from lightning_hybrid.config.command_line import (
+    HYDRA_VERSION,
+    find_problem,
+    force,
+    prepare,
+    register_help,
+    show,
+    shows_only,
+)
 from lightning_hybrid.config.validate import validate
 from lightning_hybrid.errors import ConfigError, LightningHybridError
 from lightning_hybrid.paths import conf_dir
@@ -18,16 +27,15 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
 SettingsT = TypeVar("SettingsT", bound=Settings)
-_HYDRA_VERSION = "1.3"
-_PLAIN_OVERRIDE = re.compile(r"^([A-Za-z_][\w.]*)=")
 
 
 def recipe_main(config_name: str, schema: type[SettingsT], job: Callable[[SettingsT], object]) -> None:
     """Run a recipe from the command line: compose `conf/<config_name>.yaml`, validate it, call `job` with the result.
 
-    Hydra's options work (`-m` sweeps, `--cfg job`, `--help`). In a sweep each job has its own folder as `output_dir`.
-    An error of ours ends the process with its message on stderr and exit code 2; `HYDRA_FULL_ERROR=1` shows where it
-    was raised.
+    Hydra's options work (`-m` sweeps, `--cfg job`, `--info`, `--help`, `-sc`). In a sweep each job has its own folder
+    as `output_dir`, an error ends that job only, and `report.sweep.SweepSummary` says in the end what they came to.
+    Otherwise an error of ours ends the process with its message on stderr and exit code 2; `HYDRA_FULL_ERROR=1` shows
+    where it was raised.
 
     Args:
         config_name: Name of the primary configuration, such as "ppo".
@@ -36,13 +44,20 @@ def recipe_main(config_name: str, schema: type[SettingsT], job: Callable[[Settin
     """
     import hydra
 
+    script, arguments, conf = os.path.abspath(sys.argv[0]), sys.argv[1:], conf_dir()
+    if shows_only(arguments):
+        show(config_name, arguments, conf)
+        return
+
     def task(cfg: DictConfig) -> None:
-        with _clean_errors(), _one_job_of_a_sweep(cfg):
+        with _clean_errors(), _one_job_of_a_sweep(cfg, script):
             job(validate(schema, cfg))
 
-    arguments = [_force(argument) for argument in sys.argv[1:]]
-    sys.argv = [sys.argv[0], *arguments]
-    hydra.main(version_base=_HYDRA_VERSION, config_path=str(conf_dir()), config_name=config_name)(task)()
+    with _clean_errors():
+        refuse_choices(arguments)
+    sys.argv = [sys.argv[0], *prepare(arguments, conf)]
+    register_help(config_name, conf)
+    hydra.main(version_base=HYDRA_VERSION, config_path=str(conf), config_name=config_name)(task)()
 
 
 def compose_run(config_name: str, schema: type[SettingsT], overrides: Sequence[str] = ()) -> SettingsT:
@@ -60,9 +75,10 @@ def compose_run(config_name: str, schema: type[SettingsT], overrides: Sequence[s
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
+    refuse_choices(overrides)
     try:
-        with _set_aside_running_hydra(), hydra.initialize_config_dir(str(conf_dir()), version_base=_HYDRA_VERSION):
-            cfg = hydra.compose(config_name, overrides=[_force(override) for override in overrides])
+        with _set_aside_running_hydra(), hydra.initialize_config_dir(str(conf_dir()), version_base=HYDRA_VERSION):
+            cfg = hydra.compose(config_name, overrides=[force(override, conf_dir()) for override in overrides])
     except (HydraException, OmegaConfBaseException, ValueError) as error:  # ValueError: a group given a number
         problem = f"cannot compose '{config_name}' with {list(overrides)}: {error}"
         raise ConfigError(problem.encode(errors="backslashreplace").decode()) from error
@@ -82,15 +98,15 @@ def _set_aside_running_hydra() -> Iterator[None]:
         GlobalHydra.instance().hydra = outer
 
 
-def _force(override: str) -> str:
-    """Let an unknown key through composition, so that validation reports it together with everything else.
+def refuse_choices(overrides: Sequence[str]) -> None:
+    """Refuse a choice that a group does not have, and a launcher or sweeper whose package is not installed.
 
-    Choices of a group, Hydra's own keys and options are left as they are.
+    Raises:
+        ConfigError: with the nearest choice, or with what to install.
     """
-    match = _PLAIN_OVERRIDE.match(override)
-    if match is None or match[1].split(".")[0] == "hydra" or (conf_dir() / match[1]).is_dir():
-        return override
-    return f"++{override}"
+    problem = find_problem(overrides, conf_dir())
+    if problem:
+        raise ConfigError(problem)
 
 
 @contextmanager
@@ -99,37 +115,58 @@ def _clean_errors() -> Iterator[None]:
     try:
         yield
     except LightningHybridError as error:
-        if os.environ.get("HYDRA_FULL_ERROR") == "1":
+        if os.environ.get("HYDRA_FULL_ERROR") == "1" or _in_a_sweep():
             raise
         rank = os.environ.get("RANK", os.environ.get("LOCAL_RANK"))
         sys.stderr.write(f"error{'' if rank is None else f' (rank {rank})'}: {error}\n")
         sys.exit(2)
 
 
-@contextmanager
-def _one_job_of_a_sweep(cfg: DictConfig) -> Iterator[None]:
-    """Give a job of a sweep its own folder, and leave nothing of it to the next one.
-
-    Lightning starts the other ranks with `sys.argv`, so it holds this job's values rather than the sweep's, and it
-    remembers a launch in environment variables, which would make the next job believe that it is launched already.
-    """
+def _in_a_sweep() -> bool:
+    """Whether this is one job of several, whose error must not end the others."""
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 
-    hydra_cfg = HydraConfig.get()
-    if hydra_cfg.mode != RunMode.MULTIRUN:
+    return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
+
+
+@contextmanager
+def _one_job_of_a_sweep(cfg: DictConfig, script: str) -> Iterator[None]:
+    """Give a job of a sweep its own folder, and leave nothing of it to the next one.
+
+    Lightning starts the other ranks with this process's command line, so it is made to name the recipe and this job's
+    values, rather than the sweep's or those of a worker of joblib or submitit. It remembers a launch in environment
+    variables, which would make the next job believe that it is launched already.
+    """
+    if not _in_a_sweep():
         yield
         return
-    cfg.output_dir = hydra_cfg.runtime.output_dir
-    argv, environment = sys.argv, dict(os.environ)
-    sys.argv = [argv[0], *hydra_cfg.overrides.task, f"++output_dir={cfg.output_dir}"]
+    main, argv, environment = sys.modules["__main__"], sys.argv, dict(os.environ)
+    specification = main.__spec__
+    sys.argv = [script, *_move_to_own_folder(cfg)]
+    main.__spec__ = None
     try:
         yield
     finally:
-        sys.argv = argv
+        sys.argv, main.__spec__ = argv, specification
         os.environ.clear()
         os.environ.update(environment)
         _leave_process_group()
+
+
+def _move_to_own_folder(cfg: DictConfig) -> list[str]:
+    """Set the job's folder wherever it is named, and return the overrides that make the same run alone."""
+    from hydra.core.hydra_config import HydraConfig
+    from omegaconf import OmegaConf, read_write
+
+    hydra_cfg: Any = HydraConfig.get()
+    folder = cfg.output_dir = hydra_cfg.runtime.output_dir
+    with read_write(hydra_cfg):
+        hydra_cfg.run.dir = folder
+    if hydra_cfg.output_subdir is not None:  # Hydra has kept the folder that the job would have had alone
+        OmegaConf.save(cfg, Path(folder) / hydra_cfg.output_subdir / "config.yaml")
+    quoted = folder.replace("\\", "\\\\").replace("'", "\\'")
+    return [*hydra_cfg.overrides.task, f"++output_dir='{quoted}'"]
 
 
 def _leave_process_group() -> None:

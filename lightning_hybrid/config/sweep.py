@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Sequence
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
+from lightning_hybrid.config.validate import validate
 from lightning_hybrid.settings import Settings
 
-USUAL_METRICS = ("val/score", "reward/score", "val/accuracy", "val/loss", "loss")
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+USUAL_METRICS = ("val/score", "reward/score", "val/accuracy", "val/rewards/accuracy", "val/loss", "loss")
 """What a run is judged by where nothing else is asked for: the first of these that it logs."""
 _SHARE = 10
 
@@ -17,17 +21,16 @@ class SweepConfig(Settings):
     """How a run is summed up in one number."""
 
     metric: str | None = None
-    """a metric that is logged, such as val/loss; null: val/score, reward/score, val/accuracy, val/loss or loss"""
+    """a metric that is logged, such as val/loss; null: the first of USUAL_METRICS"""
     direction: Literal["maximize", "minimize"] | None = None
     """which values are better; null: low ones of a loss, high ones of anything else"""
     value: Literal["last", "best"] = "last"
     """of a run: the mean over the last tenth of the metric's values, which evens out noise, or the best of them"""
 
     def choose(self, logged: Collection[str]) -> str | None:
-        """The metric to rank by among those that were logged; None where there is none of them."""
+        """The metric to rank by among those that were logged; None where it is not there."""
         wanted = USUAL_METRICS if self.metric is None else (self.metric,)
-        # A recipe of several stages has a metric of each, such as ppo/reward/score; the last stage counts.
-        return next((name for end in wanted for name in reversed([*logged]) if _is_named(name, end)), None)
+        return next((name for name in wanted if name in logged), None)
 
     def maximizes(self, metric: str) -> bool:
         """Whether higher values are better."""
@@ -49,5 +52,10 @@ class SweepConfig(Settings):
         return mean if math.isfinite(mean) else None
 
 
-def _is_named(name: str, end: str) -> bool:
-    return name == end or name.endswith(f"/{end}") and name.count("/") == end.count("/") + 1
+def ranking_of(config: DictConfig) -> SweepConfig:
+    """The group `sweep` of a composed configuration; the defaults for a recipe without one.
+
+    Raises:
+        ConfigError: when it is not valid.
+    """
+    return validate(SweepConfig, config.get("sweep") or {})

@@ -92,7 +92,7 @@ def test_primary_config_validates_once_its_open_values_are_given(name: str) -> N
 @pytest.mark.parametrize("choice", CHOICES)
 def test_choice_of_a_group_validates(choice: str) -> None:
     recipe = RECIPE_OF.get(choice, "ppo")
-    group, name = choice.split("/")
+    group, _, name = choice.rpartition("/")
     needed = NEEDED[recipe]
     if choice == "model/tiny_llama":
         needed = [*(value for value in needed if "model.path" not in value), "model.tokenizer=a-tokenizer"]
