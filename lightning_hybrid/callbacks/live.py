@@ -115,7 +115,7 @@ def show(display: str, first: bool, title: str, curves: Mapping[str, Curve]) -> 
 
     # Those who read the notebook without pictures get the line.
     data = {"image/png": draw(title, curves), "text/plain": line}
-    show_data(data, raw=True, display_id=display, update=not first)
+    show_data(data, raw=True, display_id=display, update=not first)  # type: ignore[no-untyped-call]
 
 
 def draw(title: str, curves: Mapping[str, Curve]) -> bytes:

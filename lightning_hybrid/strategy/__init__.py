@@ -11,6 +11,10 @@ __all__ = ["EngineSpec", "HybridDeepSpeedStrategy", "register_strategies"]
 
 STRATEGIES: dict[str, tuple[str, dict[str, Any]]] = {
     "hybrid_deepspeed": ("one DeepSpeed engine per optimizer, ZeRO stage 2", {"stage": 2}),
+    "hybrid_deepspeed_notebook": (
+        "ZeRO stage 2, processes started as from a notebook: the module here gets the trained weights",
+        {"stage": 2, "notebook": True},
+    ),
     "hybrid_deepspeed_stage_1": ("ZeRO stage 1: optimizer states sharded", {"stage": 1}),
     "hybrid_deepspeed_stage_2": ("ZeRO stage 2: gradients sharded too", {"stage": 2}),
     "hybrid_deepspeed_stage_3": ("ZeRO stage 3: weights sharded too", {"stage": 3}),

@@ -16,6 +16,7 @@ from typing_extensions import override
 
 from lightning_hybrid.config import CheckpointConfig, SleepConfig
 from lightning_hybrid.engines.guard import StepGuard
+from lightning_hybrid.engines.plain import PlainModel
 from lightning_hybrid.strategy.building import EngineSettings, build_frozen, build_trained, end_engines, specs_of
 from lightning_hybrid.strategy.checkpoint import RunCheckpoints, state_outside_engines
 from lightning_hybrid.strategy.counting import counted_as_one
@@ -58,6 +59,8 @@ class HybridDeepSpeedStrategy(ProcessesStrategy):
         sleep: what leaves the device in phases that do not need it, see :class:`~lightning_hybrid.config.SleepConfig`.
         checkpoint: how checkpoints are written, see :class:`~lightning_hybrid.config.CheckpointConfig`.
         max_nonfinite_steps: optimizer steps in a row that may be skipped because loss or gradients are not finite.
+        notebook: start several devices' processes as an interactive session does, also where there is none; see
+            :class:`~lightning_hybrid.strategy.notebook.NotebookLauncher`.
     """
 
     strategy_name = "hybrid_deepspeed"
@@ -77,8 +80,9 @@ class HybridDeepSpeedStrategy(ProcessesStrategy):
         sleep: Mapping[str, bool] | None = None,
         checkpoint: Mapping[str, Any] | None = None,
         max_nonfinite_steps: int = 10,
+        notebook: bool = False,
     ) -> None:
-        super().__init__(process_group_backend, timeout)
+        super().__init__(process_group_backend, timeout, notebook=notebook)
         self.stage = stage
         self._settings = EngineSettings(
             stage, offload_optimizer, offload_parameters, dict(hybrid_engine or {}), dict(config or {})
@@ -89,6 +93,7 @@ class HybridDeepSpeedStrategy(ProcessesStrategy):
         self.engines: dict[str, DeepSpeedEngine] = {}
         self.frozen: dict[str, nn.Module] = {}
         self.residency = Residency(self.engines, self.frozen)
+        self._plain: PlainModel | None = None
         self._progress: Progress | None = None
         self._checkpoints: RunCheckpoints | EvaluationCheckpoints = EvaluationCheckpoints(self)
 
@@ -155,6 +160,7 @@ class HybridDeepSpeedStrategy(ProcessesStrategy):
     def _build_engines(self, fitting: bool) -> None:
         module = self._module
         specs = specs_of(module)
+        self._plain = PlainModel(module)
         owners: list[Owner] = []
         if fitting:
             optimizers, self.lr_scheduler_configs = _init_optimizers_and_lr_schedulers(module)
@@ -292,7 +298,16 @@ class HybridDeepSpeedStrategy(ProcessesStrategy):
             last_first.callback(self.residency.close)
 
     def _end_engines(self) -> None:
-        engines = (*self.engines.values(), *self.frozen.values())
-        self.engines, self.frozen = {}, {}
+        engines, plain = (*self.engines.values(), *self.frozen.values()), self._plain
+        self.engines, self.frozen, self._plain = {}, {}, None
         self._progress, self._checkpoints = None, EvaluationCheckpoints(self)
         end_engines(engines)
+        if plain is not None:
+            plain.restore()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies to ranks that a notebook starts: without what writes checkpoints, which has a thread."""
+        return {name: value for name, value in self.__dict__.items() if name != "_checkpoints"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _checkpoints=EvaluationCheckpoints(self))

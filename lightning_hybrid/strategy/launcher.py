@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
 from lightning.fabric.utilities.distributed import _set_num_threads_if_needed
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from typing_extensions import override
@@ -46,18 +45,12 @@ class WatchedLauncher(_SubprocessScriptLauncher):
         return function(*args, **kwargs)
 
 
-def launcher_of(environment: ClusterEnvironment, processes: int, nodes: int) -> WatchedLauncher | None:
-    """None for a run that stays in this process, which is what a notebook needs."""
-    alone = processes * nodes == 1 and not environment.creates_processes_externally
-    return None if alone else WatchedLauncher(environment, processes, nodes)
-
-
 def _observe(processes: list[subprocess.Popen[bytes]], first: int, exits: dict[int, str]) -> None:
     """Note how processes fail; after the first one, this process and all others have :data:`GRACE` to end."""
     while not exits:
         time.sleep(INTERVAL)
         codes = [process.poll() for process in processes]
-        exits.update({first + i: _how(code) for i, code in enumerate(codes) if code})
+        exits.update({first + i: how_it_ended(code) for i, code in enumerate(codes) if code})
         if all(code == 0 for code in codes):
             return
     write_to_stderr("; ".join(f"rank {rank} {how}" for rank, how in exits.items()))
@@ -67,7 +60,8 @@ def _observe(processes: list[subprocess.Popen[bytes]], first: int, exits: dict[i
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def _how(code: int) -> str:
+def how_it_ended(code: int) -> str:
+    """The exit code of a process in words."""
     if code >= 0:
         return f"ended with exit code {code}"
     names = {known.value: known.name for known in signal.Signals}  # most real-time signals have none

@@ -18,9 +18,9 @@ from typing_extensions import override
 from lightning_hybrid.engines.environment import forget_process_groups, prepare_deepspeed
 from lightning_hybrid.strategy.beginning import Beginning
 from lightning_hybrid.strategy.devices import refuse_unsuitable_device
-from lightning_hybrid.strategy.launcher import launcher_of
 from lightning_hybrid.strategy.liveness import Liveness
 from lightning_hybrid.strategy.lost_ranks import begin_liveness, end_liveness, tell_of
+from lightning_hybrid.strategy.notebook import launcher_of, stay_interactive
 from lightning_hybrid.strategy.precision import HybridPrecision
 
 if TYPE_CHECKING:
@@ -34,14 +34,16 @@ class ProcessesStrategy(DeepSpeedStrategy):
     Args:
         process_group_backend: ``gloo`` or ``nccl``; by default what fits the device.
         timeout: how long a collective may take, or a rank may not be heard of.
+        notebook: whether to start ranks from a notebook, also outside of one.
     """
 
-    def __init__(self, process_group_backend: str | None, timeout: timedelta | None) -> None:
+    def __init__(self, process_group_backend: str | None, timeout: timedelta | None, *, notebook: bool = False) -> None:
         # DeepSpeedStrategy.__init__ imports DeepSpeed before the accelerator is known, and holds one config.
         DDPStrategy.__init__(self, process_group_backend=process_group_backend, timeout=timeout)
         self.liveness: Liveness | None = None
         self.beginning = Beginning()
         self._process = ProcessSettings()
+        self._notebook = notebook
 
     @property
     def _module(self) -> pl.LightningModule:
@@ -64,7 +66,9 @@ class ProcessesStrategy(DeepSpeedStrategy):
         assert self.cluster_environment is not None
         # Before any process is started.
         refuse_unsuitable_device(self.root_device, self.precision_plugin.precision, self.num_processes)
-        self._launcher = launcher_of(self.cluster_environment, self.num_processes, self.num_nodes)
+        self._launcher = launcher_of(
+            self.cluster_environment, self.num_processes, self.num_nodes, notebook=self._notebook
+        )
 
     @override
     def setup_environment(self) -> None:
@@ -106,6 +110,8 @@ class ProcessesStrategy(DeepSpeedStrategy):
     def on_exception(self, exception: BaseException) -> None:
         tell_of(self, exception)
         super().on_exception(exception)
+        if isinstance(exception, KeyboardInterrupt):
+            stay_interactive(self._module.trainer)
 
 
 class ProcessSettings:

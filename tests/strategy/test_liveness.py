@@ -22,7 +22,7 @@ from torch.distributed import DistBackendError, distributed_c10d
 from lightning_hybrid import HybridDeepSpeedStrategy
 from lightning_hybrid.errors import RankLostError, RewardError
 from lightning_hybrid.strategy.beats import INTERVAL, Beat, Heard
-from lightning_hybrid.strategy.launcher import _how
+from lightning_hybrid.strategy.launcher import how_it_ended
 from lightning_hybrid.strategy.liveness import EXIT_CODE, GRACE, Liveness, is_failed_collective, write_to_stderr
 from lightning_hybrid.strategy.lost_ranks import limit_collectives
 from tests.helpers import Regression, quiet_trainer, random_batches
@@ -352,9 +352,9 @@ def test_a_closed_stderr_ends_no_thread(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_the_end_of_a_process_is_said_in_words() -> None:
-    assert _how(3) == "ended with exit code 3"
-    assert _how(-signal.SIGKILL) == "was killed by SIGKILL"
-    assert _how(-40) == "was killed by signal 40"  # a real-time signal without a name
+    assert how_it_ended(3) == "ended with exit code 3"
+    assert how_it_ended(-signal.SIGKILL) == "was killed by SIGKILL"
+    assert how_it_ended(-40) == "was killed by signal 40"  # a real-time signal without a name
 
 
 @pytest.mark.usefixtures("alone_in_group")
