@@ -2,7 +2,7 @@
 
 ``algorithm=ppo`` trains a critic; ``grpo``, ``dr_grpo``, ``rloo``, ``reinforce_plus_plus`` (and ``_baseline``),
 ``gspo``, ``dapo`` and ``cispo`` need none. One step of the Trainer is one iteration: rollout, reward, experience,
-update. Out comes a Hugging Face folder, ``<output_dir>/model``, and sampled responses in ``<output_dir>/samples.jsonl``.
+update. Out comes a Hugging Face folder, ``<output_dir>/model``, and sampled responses in ``samples.jsonl`` beside it.
 With held-out prompts (``data.validation_path`` or ``data.validation_fraction``) the policy is evaluated on them every
 ``trainer.val_check_interval`` iterations: ``val/...`` in the log, and responses in ``<output_dir>/evaluation.jsonl``.
 """
