@@ -43,7 +43,7 @@ class Settings(BaseModel):
     rules: ClassVar[tuple[Rule, ...]] = ()
 
     def __init__(self, **values: Any) -> None:
-        refuse(find_problems(type(self), values), f"in {type(self).__name__}")
+        refuse(find_problems(self.schema_for(values), values), f"in {type(self).__name__}")
         super().__init__(**values)
 
     @classmethod

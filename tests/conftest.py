@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
@@ -47,6 +48,13 @@ import torch
 if torch.distributed.is_initialized():
     torch.distributed.destroy_process_group()  # its threads would end the process while others still talk to it
 """
+
+
+@pytest.fixture(autouse=True, scope="module")
+def descriptors_are_given_back() -> Iterator[None]:
+    """What a Trainer holds goes with a round of the garbage collector, which may be far away."""
+    yield
+    gc.collect()
 
 
 @pytest.fixture(autouse=True)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from functools import cache
 from typing import Any, ClassVar
 
-from pydantic import Field, SerializeAsAny, create_model
+from pydantic import Field, SerializeAsAny, create_model, field_validator
 
 from lightning_hybrid.algorithms import ALGORITHMS, GroupConfig, OnlineConfig, PPOConfig
 from lightning_hybrid.config.data import InstructionDataConfig, PromptDataConfig
@@ -198,12 +198,20 @@ class PPORun(Run):
     roles: RolesConfig = Field(default_factory=RolesConfig)
     """what differs between the models"""
 
+    @field_validator("algorithm", mode="before")
+    @classmethod
+    def _of_its_kind(cls, value: Any) -> Any:
+        """A mapping, as the algorithm that it names; a schema for one algorithm knows that already."""
+        if cls.model_fields["algorithm"].annotation is not OnlineConfig or not isinstance(value, Mapping):
+            return value
+        return ALGORITHMS[value.get("name", "ppo")](**value)
+
     @classmethod
     def schema_for(cls, values: Mapping[str, Any]) -> type[PPORun]:
         """The schema whose `algorithm` has the settings of the one that is named."""
         group = values.get("algorithm")
         name = group.get("name", "ppo") if isinstance(group, Mapping) else "ppo"
-        if name not in ALGORITHMS:
+        if not isinstance(name, str) or name not in ALGORITHMS:
             refuse(
                 [Problem("algorithm.name", f"must be one of {', '.join(ALGORITHMS)}", repr(name))],
                 "in the configuration",

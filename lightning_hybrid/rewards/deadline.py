@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import threading
+import weakref
 from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import Future, wait
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -116,11 +117,20 @@ class EventLoop:
     def _loop(self) -> asyncio.AbstractEventLoop:
         if self._running is None:
             self._running = asyncio.new_event_loop()
-            threading.Thread(target=self._running.run_forever, name="lightning-hybrid-reward", daemon=True).start()
+            threading.Thread(target=_serve, args=(self._running,), name="lightning-hybrid-loop", daemon=True).start()
+            weakref.finalize(self, self._running.call_soon_threadsafe, self._running.stop)
         return self._running
 
     def __getstate__(self) -> dict[str, Any]:
         return {"_running": None}  # a copy starts its own
+
+
+def _serve(loop: asyncio.AbstractEventLoop) -> None:
+    """Run an event loop until it is told to stop, which its owner's end does, and give its descriptors back."""
+    try:
+        loop.run_forever()
+    finally:
+        loop.close()
 
 
 def _torch_settings() -> Callable[[], AbstractContextManager[None]]:

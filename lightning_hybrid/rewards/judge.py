@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import select
+import selectors
 import subprocess
 import sys
 import time
 import weakref
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
 from lightning_hybrid.errors import RewardError
 
@@ -101,7 +101,7 @@ class Judge:
         assert process.stdout is not None
         while b"\n" not in self._unread:
             left = max(0.0, deadline - time.monotonic())
-            if not select.select([process.stdout], [], [], left)[0]:
+            if not _readable(process.stdout, left):
                 raise NotJudged(f"no answer within {seconds:g} seconds")
             read = os.read(process.stdout.fileno(), 2**16)
             if not read:
@@ -112,6 +112,13 @@ class Judge:
 
     def __getstate__(self) -> dict[str, Any]:
         return {"kind": self.kind, "_process": None, "_unread": b"", "_end": None}  # a copy starts its own
+
+
+def _readable(pipe: IO[bytes], seconds: float) -> bool:
+    # Not `select.select`, which knows the first 1,024 descriptors only.
+    with selectors.DefaultSelector() as selector:
+        selector.register(pipe, selectors.EVENT_READ)
+        return bool(selector.select(seconds))
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

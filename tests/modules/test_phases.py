@@ -11,6 +11,7 @@ import torch
 
 from lightning_hybrid import HybridDeepSpeedStrategy, RolloutConfig
 from lightning_hybrid.errors import LightningHybridError, MemoryExhaustedError
+from lightning_hybrid.modules import experience
 from lightning_hybrid.modules import ppo as ppo_module
 from lightning_hybrid.modules.phases import Phases
 from tests.helpers import PPO_FIGURES, quiet_trainer, weights_of
@@ -117,7 +118,7 @@ def out_of_memory_in_phase(phase: str, monkeypatch: pytest.MonkeyPatch, **argume
         monkeypatch.setattr(ppo.reward, "_function", ask, raising=False)
         monkeypatch.setattr(type(ppo.reward), "__call__", ask)
     elif phase == "experience":
-        monkeypatch.setattr(ppo_module, "critic_values", ask)
+        monkeypatch.setattr(experience, "critic_values", ask)
     else:
         monkeypatch.setattr(ppo_module.PPOUpdate, "_train_actor", ask)
     with pytest.raises(MemoryExhaustedError) as raised:

@@ -237,8 +237,10 @@ def test_the_host_has_room_for_all_that_ever_sleeps(tmp_path: Path) -> None:
     networks = plan.setup.networks
     states = 8 * (networks["actor"].numel + networks["critic"].numel)
     assert plan.host == pytest.approx(states + 2 * sum(network.numel for network in networks.values()), rel=1e-4)
-    # Never are all of them asleep at once.
-    assert all(moment.bytes(where=HOST) < plan.host for moments in plan.moments.values() for moment in moments)
+    # Only between the rewards and the forward passes may all of them be asleep at once.
+    held = {moment.name: moment.bytes(where=HOST) for moments in plan.moments.values() for moment in moments}
+    assert held.pop("between rewards and forward passes") == plan.host
+    assert max(held.values()) < plan.host
 
 
 def test_ranks_are_counted_in_words() -> None:

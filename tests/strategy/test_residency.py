@@ -14,7 +14,9 @@ from lightning_hybrid import HybridDeepSpeedStrategy, PPOModule
 from lightning_hybrid.config import SleepConfig
 from lightning_hybrid.engines.belongings import optimizer_states
 from lightning_hybrid.errors import MemoryExhaustedError, StrategyError
-from lightning_hybrid.modules.roles import scalar_from_policy
+from lightning_hybrid.models import scalar_from_policy
+from lightning_hybrid.modules import ppo as ppo_module
+from lightning_hybrid.modules import sampling
 from lightning_hybrid.strategy.residency import Residency
 from tests.helpers import SHARD_EVERYTHING, Regression, quiet_trainer, random_batches, tiny_policy, weights_of
 from tests.modules.test_ppo import module, prompts
@@ -61,11 +63,16 @@ def test_ppo_with_a_learned_reward_trains_bit_identically_when_all_that_may_slee
 class Residents(L.Callback):
     """What each owner held inside each phase, by wrapping what the phases run, and what callbacks can read."""
 
-    def __init__(self, ppo: PPOModule) -> None:
+    def __init__(self, ppo: PPOModule, patch: pytest.MonkeyPatch) -> None:
         self.inside: dict[str, set[str]] = {}
         self.readable: list[bool] = []
-        for phase, name in (("rollout", "roll_out"), ("reward", "score"), ("experience", "gain_experience")):
-            setattr(ppo, name, self._noting(ppo, phase, getattr(ppo, name)))
+        stages = {
+            "rollout": (ppo, "roll_out"),
+            "reward": (sampling, "reward_scores"),
+            "experience": (ppo_module, "gain_experience"),
+        }
+        for phase, (place, name) in stages.items():
+            patch.setattr(place, name, self._noting(ppo, phase, getattr(place, name)))
 
     def _noting(self, ppo: PPOModule, phase: str, stage: Any) -> Any:
         def run(*arguments: Any, **named: Any) -> Any:
@@ -83,9 +90,9 @@ class Residents(L.Callback):
         self.readable.append(bool(weights_of(ppo.actor).isfinite().all() and weights_of(ppo.critic).isfinite().all()))
 
 
-def test_each_phase_finds_on_the_device_what_it_needs_and_nothing_else() -> None:
+def test_each_phase_finds_on_the_device_what_it_needs_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
     ppo = module(learned_reward(), old_logprobs="rollout")
-    residents = Residents(ppo)
+    residents = Residents(ppo, monkeypatch)
     trained(2, EVERYTHING, ppo, callbacks=[residents])
     assert residents.inside == {
         "rollout": {"actor/weights"},
@@ -99,9 +106,9 @@ def test_each_phase_finds_on_the_device_what_it_needs_and_nothing_else() -> None
     assert all(residents.readable)
 
 
-def test_a_reward_that_runs_no_model_moves_nothing() -> None:
+def test_a_reward_that_runs_no_model_moves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     ppo = module(old_logprobs="recompute")
-    residents = Residents(ppo)
+    residents = Residents(ppo, monkeypatch)
     trained(2, EVERYTHING, ppo, callbacks=[residents])
     assert residents.inside["reward"] == {"actor/weights", "actor/kv_cache"}
 
