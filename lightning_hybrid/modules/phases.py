@@ -30,16 +30,20 @@ class Phases:
         phases.seconds["rollout"]
 
     Attributes:
-        seconds: that each phase took when it last ran.
+        seconds: that each phase took since :meth:`begin`.
         listeners: are told a phase's name before anything of it happens; one that raises stops the iteration there.
-        memory: MiB when each phase last ran, on this rank: ``<phase>_peak_mib``, and ``<phase>/<owner>_mib`` for what
-            each owner, such as ``actor/weights``, held on the device at its end.
+        memory: MiB in each phase since :meth:`begin`, on this rank: ``<phase>_peak_mib``, and
+            ``<phase>/<owner>_mib`` for what each owner, such as ``actor/weights``, held on the device at its end.
     """
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
         self.listeners: list[Callable[[str], None]] = []
         self.memory: dict[str, float] = {}
+
+    def begin(self) -> None:
+        """Begin an iteration, in which a phase may run several times."""
+        self.seconds, self.memory = {}, {}
 
     @contextmanager
     def __call__(
@@ -49,7 +53,7 @@ class Phases:
         runs: Collection[str] | None = None,
         remedies: Sequence[str] = (),
     ) -> Iterator[None]:
-        """Run a block as the phase ``name``; its figures replace those of the previous iteration.
+        """Run a block as the phase ``name``.
 
         Args:
             name: one of :data:`KINDS`, where a residency is given.
@@ -76,10 +80,11 @@ class Phases:
                     yield
                 self._measure(name, residency, peak)
         finally:
-            self.seconds[name] = _now() - begin
+            self.seconds[name] = self.seconds.get(name, 0.0) + _now() - begin
 
     def _measure(self, name: str, residency: Residency, peak: PeakMemory) -> None:
-        self.memory[f"{name}_peak_mib"] = peak.bytes() / MIB
+        key = f"{name}_peak_mib"
+        self.memory[key] = max(self.memory.get(key, 0.0), peak.bytes() / MIB)
         for owner, held in residency.bytes().items():
             self.memory[f"{name}/{owner}_mib"] = held / MIB
 

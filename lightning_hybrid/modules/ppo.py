@@ -161,6 +161,7 @@ class PPOModule(L.LightningModule):
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """One iteration on a batch of prompts, see :class:`~lightning_hybrid.data.PromptDataModule`."""
         strategy: Any = self.trainer.strategy
+        self.phases.begin()
         with strategy.one_global_step():
             samples = collect_samples(self, batch)  # phases rollout and reward
             with self.phase("experience"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import resource
+import time
 from typing import Any
 
 import lightning as L
@@ -32,6 +33,17 @@ def test_a_phase_is_announced_before_anything_of_it_happens() -> None:
         seen.append("ran")
     assert seen == ["rollout announced", "ran"]
     assert phases.seconds["rollout"] > 0
+
+
+def test_a_phase_that_runs_twice_in_an_iteration_is_timed_as_one() -> None:
+    phases = Phases()
+    phases.begin()
+    for _ in range(2):
+        with phases("rollout"):
+            time.sleep(0.02)
+    assert phases.seconds["rollout"] >= 0.04
+    phases.begin()
+    assert phases.seconds == {}
 
 
 def test_a_listener_that_raises_stops_before_the_phase_and_before_anything_moves() -> None:
