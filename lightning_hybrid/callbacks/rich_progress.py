@@ -32,7 +32,7 @@ class RichPhaseBar(ProgressBar):
         super().__init__()
         if importlib.util.find_spec("rich") is None:
             raise ConfigError('callbacks.progress=rich needs the package rich: pip install "lightning-hybrid[rich]"')
-        if "ipykernel" in sys.modules and importlib.util.find_spec("ipywidgets") is None:
+        if _in_notebook() and importlib.util.find_spec("ipywidgets") is None:
             raise ConfigError(
                 "callbacks.progress=rich draws nothing in a notebook without ipywidgets: pip install ipywidgets, "
                 "or use callbacks.progress=tqdm"
@@ -156,3 +156,9 @@ def _progress() -> Progress:
 
 def _short(value: Any) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def _in_notebook() -> bool:
+    """Whether this process is a Jupyter kernel, not one that has merely imported what kernels are made of."""
+    kernels: Any = sys.modules.get("ipykernel.kernelapp")
+    return kernels is not None and bool(kernels.IPKernelApp.initialized())

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -75,9 +76,18 @@ def test_a_missing_package_is_named_with_its_extra(monkeypatch):
         RichPhaseBar("ppo")
 
 
+def test_a_process_that_has_imported_a_kernel_is_no_notebook(monkeypatch):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "ipywidgets" else found(name))
+    import ipykernel.kernelapp  # noqa: F401
+
+    assert RichPhaseBar("ppo").stage == "ppo"
+
+
 def test_a_notebook_without_widgets_is_refused(monkeypatch):
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "ipywidgets" else found(name))
-    monkeypatch.setitem(sys.modules, "ipykernel", sys)
+    running = SimpleNamespace(IPKernelApp=SimpleNamespace(initialized=lambda: True))
+    monkeypatch.setitem(sys.modules, "ipykernel.kernelapp", running)
     with pytest.raises(ConfigError, match="pip install ipywidgets, or use callbacks.progress=tqdm"):
         RichPhaseBar("ppo")
