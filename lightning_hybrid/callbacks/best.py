@@ -50,7 +50,10 @@ def read_best(folder: str | Path) -> Best | None:
     if not path.is_file():
         return None
     try:
-        return Best(**json.loads(path.read_text(encoding="utf-8")))
+        best = Best(**json.loads(path.read_text(encoding="utf-8")))
+        if Path(best.checkpoint).name != best.checkpoint or best.checkpoint in ("", ".", ".."):
+            raise ValueError(f"{best.checkpoint!r} is no folder beside it")  # what it names is removed one day
+        return best
     except (ValueError, TypeError) as error:
         raise CheckpointError(f"'{path}' is no record of the best checkpoint: {error}; remove it") from error
 

@@ -210,6 +210,8 @@ class PPORun(Run):
     def schema_for(cls, values: Mapping[str, Any]) -> type[PPORun]:
         """The schema whose `algorithm` has the settings of the one that is named."""
         group = values.get("algorithm")
+        if isinstance(group, OnlineConfig):
+            return _with_algorithm(cls, type(group))
         name = group.get("name", "ppo") if isinstance(group, Mapping) else "ppo"
         if not isinstance(name, str) or name not in ALGORITHMS:
             refuse(

@@ -76,6 +76,7 @@ def gain_experience(module: PPOModule, rollout: Rollout, scores: Tensor, group: 
     if module.reference is not None:
         ref = policy_logprobs(module.reference, rollout, size, temperature)
     if module.critic is not None:
+        module._engine("critic").eval()  # without dropout, as the actor already is
         values = state_values(critic_values(module.critic, rollout, size), mask)
     price = module.kl_controller.value if config.kl_placement == "reward" else 0.0
     credit = config.credit(Judged(scores, group, mask, old, ref, values, price, module.sum_over_ranks))

@@ -182,3 +182,11 @@ def test_the_best_needs_checkpoints() -> None:
     overrides = ["model.path=m", "data.path=d", "callbacks.best_metric=val/loss", "trainer.enable_checkpointing=false"]
     with pytest.raises(ConfigError, match=r"callbacks.best_metric.*needs trainer.enable_checkpointing=true"):
         compose_run("sft", SFTRun, overrides)
+
+
+@pytest.mark.parametrize("name", ["../elsewhere", ".", "..", "/etc", ""])
+def test_a_record_that_names_a_folder_elsewhere_is_refused(tmp_path: Path, name: str) -> None:
+    record = {"checkpoint": name, "metric": "val/score", "mode": "max", "value": 1.0, "step": 1}
+    (tmp_path / "best.json").write_text(json.dumps(record))
+    with pytest.raises(CheckpointError, match="is no folder beside it; remove it"):
+        read_best(tmp_path)

@@ -8,6 +8,7 @@ import pytest
 from omegaconf import OmegaConf
 from pydantic import ValidationError
 
+from lightning_hybrid.algorithms import ALGORITHMS
 from lightning_hybrid.config import PPOConfig, PPORun, RewardRun, RolloutConfig, SFTRun, StrategyConfig, validate
 from lightning_hybrid.config.run import compose_run
 from lightning_hybrid.errors import ConfigError
@@ -190,3 +191,11 @@ def test_unknown_choice_of_a_group_lists_the_choices() -> None:
 def test_a_rollout_that_knows_old_log_probs_may_give_them(overrides: list[str]) -> None:
     run = compose_run("ppo", PPORun, [*NEEDED, "algorithm.old_logprobs=rollout", *overrides])
     assert run.algorithm.old_logprobs == "rollout"
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_a_run_takes_the_settings_of_any_algorithm_as_an_object(name: str) -> None:
+    run = compose_run("ppo", PPORun, [*NEEDED, f"algorithm={name}"])
+    again = PPORun(**dict(run))
+    assert again.algorithm == run.algorithm
+    assert again.model_dump()["algorithm"] == run.model_dump()["algorithm"]
