@@ -8,8 +8,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-import torch.distributed as dist
-
+from lightning_hybrid.engines.agreement import of_all_ranks
 from lightning_hybrid.errors import DataError
 
 Fingerprint = dict[str, Any]
@@ -172,8 +171,7 @@ def read_alike(read: Callable[[], Fingerprint], *, ranks: int) -> Fingerprint:
         result = read()
     except Exception as error:
         result = error
-    every: list[Fingerprint | str] = [""] * ranks
-    dist.all_gather_object(every, str(result) if isinstance(result, Exception) else result)
+    every: list[Fingerprint | str] = of_all_ranks(str(result) if isinstance(result, Exception) else result)
     message = _disagreement(every)
     if message:
         agreed = DataError(message)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import nn
+
+from lightning_hybrid.engines.agreement import number_of_ranks
 
 # What ZeRO-3 sets on modules, beside names that begin with ds_.
 ON_MODULES = (
@@ -42,7 +43,7 @@ class PlainModel:
         for module, training in modes.items():
             module.training = training
         before, self._before = self._before, {}
-        shared = torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
+        shared = number_of_ranks() > 1
         for parameter, names in before.items():
             if hasattr(parameter, "ds_id"):
                 if shared:

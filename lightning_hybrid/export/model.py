@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from torch import Tensor
 
 from lightning_hybrid.checkpoint import folder as folders
-from lightning_hybrid.engines.agreement import agree
+from lightning_hybrid.engines.agreement import agree, own_rank
 from lightning_hybrid.errors import CheckpointError, ConfigError
 from lightning_hybrid.export.card import CardFacts, model_card
 from lightning_hybrid.export.folder import reason_to_keep, refuse_to_replace, write_record
@@ -87,7 +87,7 @@ def export_model(
         ConfigError: if the model cannot be exported so, on every rank.
         CheckpointError: on every rank where it could not be written; what was there before is untouched.
     """
-    model, first = wrapper.model, _is_first_rank()
+    model, first = wrapper.model, own_rank() == 0
     refuse_form(model, form)
     entries = merged_entries(model) if form == "merged" else adapter_entries(model, _active_adapter(model))
     published = as_published(base_of(model), entries) if form == "merged" else entries
@@ -107,12 +107,6 @@ def export_model(
     finally:
         if first:
             folders.discard(folder)
-
-
-def _is_first_rank() -> bool:
-    import torch
-
-    return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
 
 
 def _active_adapter(model: Any) -> str:

@@ -38,11 +38,24 @@ def add_adapter(model: Any, config: AdapterConfig) -> Any:
     Raises:
         ConfigError: for target modules that the model has not, or that are not linear.
     """
+    settings = adapter_settings(model, config)
+    fingerprint = base_fingerprint(model)
+    adapted = wrapped(model, settings)
+    adapted.base_fingerprint = fingerprint
+    return adapted
+
+
+def adapter_settings(model: Any, config: AdapterConfig) -> Any:
+    """What peft is told of an adapter on a model.
+
+    Raises:
+        ConfigError: for target modules that the model has not, or that are not linear.
+    """
     import peft
 
     scalar = isinstance(getattr(model, "score", None), nn.Linear)
     layers = {name.rsplit(".", 1)[-1]: module for name, module in model.named_modules()}
-    settings = peft.LoraConfig(
+    return peft.LoraConfig(
         task_type="SEQ_CLS" if scalar else "CAUSAL_LM",
         r=config.r,
         lora_alpha=config.alpha,
@@ -52,10 +65,6 @@ def add_adapter(model: Any, config: AdapterConfig) -> Any:
         target_modules=_targets(config.target_modules, layers),
         fan_in_fan_out=any(type(module).__name__ == "Conv1D" for module in layers.values()),
     )
-    fingerprint = base_fingerprint(model)
-    adapted = wrapped(model, settings)
-    adapted.base_fingerprint = fingerprint
-    return adapted
 
 
 def wrapped(model: Any, settings: Any) -> Any:

@@ -4,10 +4,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
+
+from lightning_hybrid.config import OptimizerConfig
+
+if TYPE_CHECKING:
+    from lightning import Trainer
+
+
+def adamw_with_schedule(
+    trainer: Trainer, parameters: Iterable[nn.Parameter], config: OptimizerConfig
+) -> dict[str, Any]:
+    """What ``configure_optimizers`` returns of a module with one optimizer, whose schedule steps with it."""
+    optimizer = make_adamw(parameters, config.lr, config.weight_decay, config.betas)
+    total = trainer.estimated_stepping_batches
+    schedule = make_schedule(optimizer, config.schedule, config.warmup_steps, total)
+    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
 def make_adamw(

@@ -187,26 +187,22 @@ class PPOModule(L.LightningModule):
     # ---- the stages of an iteration ----------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def roll_out(
-        self, prompt_ids: list[list[int]], stream: int = 0, greedy: bool = False, n: int = 1, first: int = 0
-    ) -> Rollout:
+    def roll_out(self, prompt_ids: list[list[int]], n: int = 1, first: int = 0) -> Rollout:
         """Switch the actor to inference, sample responses to each prompt, and leave it in evaluation mode.
 
         Args:
             prompt_ids: token ids of each prompt.
-            stream: tells apart rollouts of the same iteration.
-            greedy: take the most probable tokens.
             n: responses to each prompt.
             first: position of the first prompt in this rank's batch.
         """
         engine = self._engine("actor")
         engine.eval()
-        seed = hash((self.seed, self.global_step, stream)) % 2**63
+        seed = hash((self.seed, self.global_step, 0)) % 2**63
         # As the sampler dealt them out: what a prompt gets does not depend on how many ranks there are.
         positions = range(first, first + len(prompt_ids))
         indices = [position * self.trainer.world_size + self.global_rank for position in positions]
         return on_every_rank(
-            lambda: self.backend.generate(engine, prompt_ids, seed=seed, greedy=greedy, indices=indices, n=n),
+            lambda: self.backend.generate(engine, prompt_ids, seed=seed, indices=indices, n=n),
             "the rollout",
             RolloutError,
         )

@@ -16,7 +16,7 @@ from lightning_hybrid.errors import ConfigError
 from lightning_hybrid.models import Policy, disable_dropout, load_policy, max_positions
 from lightning_hybrid.models.adapters import AdaptersOff, has_adapter
 from lightning_hybrid.modules.means import Means
-from lightning_hybrid.modules.optimization import make_adamw, make_schedule
+from lightning_hybrid.modules.optimization import adamw_with_schedule
 from lightning_hybrid.strategy import EngineSpec
 
 ON_THE_BAR = ("loss", "rewards/accuracy")
@@ -114,11 +114,7 @@ class PreferenceModule(L.LightningModule):
 
     def configure_optimizers(self) -> Any:
         """AdamW with a schedule that steps with the optimizer."""
-        config = self._optimizer_config
-        optimizer = make_adamw(self.policy.parameters(), config.lr, config.weight_decay, config.betas)
-        total = self.trainer.estimated_stepping_batches
-        schedule = make_schedule(optimizer, config.schedule, config.warmup_steps, total)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        return adamw_with_schedule(self.trainer, self.policy.parameters(), self._optimizer_config)
 
 
 def _make_reference(policy: Policy, source: Policy | str | Path | None, chunk: int) -> Policy | AdaptersOff:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -59,5 +60,9 @@ class PTX:
     def _text(self, position: int, texts: int) -> int:
         """Which text stands at a position of the endless order: all texts, shuffled anew each time around."""
         around, at = divmod(position, texts)
-        generator = torch.Generator().manual_seed(hash((self.seed, around)) % 2**63)
-        return int(torch.randperm(texts, generator=generator)[at])
+        return int(_order(texts, hash((self.seed, around)) % 2**63)[at])
+
+
+@lru_cache(maxsize=2)  # a batch may end one time around and begin the next
+def _order(texts: int, seed: int) -> Tensor:
+    return torch.randperm(texts, generator=torch.Generator().manual_seed(seed))

@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-import torch
 from torch import Tensor
 
 from lightning_hybrid.config import RewardConfig
 from lightning_hybrid.models import ScalarModel, last_value, load_scalar, max_positions
-from lightning_hybrid.modules.optimization import make_adamw, make_schedule
+from lightning_hybrid.modules.optimization import adamw_with_schedule
+from lightning_hybrid.modules.sequences import stacked
 from lightning_hybrid.rl import preference_loss
 
 
@@ -50,8 +50,8 @@ class RewardModule(L.LightningModule):
     def _compare(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
         """Score both sides of each pair; one forward pass for all, so that ZeRO-3 gathers once."""
         chosen, rejected = batch["chosen"], batch["rejected"]
-        tokens = _stack(chosen["input_ids"], rejected["input_ids"])
-        mask = _stack(chosen["attention_mask"], rejected["attention_mask"])
+        tokens = stacked(chosen["input_ids"], rejected["input_ids"])
+        mask = stacked(chosen["attention_mask"], rejected["attention_mask"])
         values = self.model(tokens, mask)
         scores_chosen, scores_rejected = last_value(values, mask).chunk(2)
         loss = preference_loss(scores_chosen, scores_rejected, batch.get("margin"))
@@ -59,20 +59,10 @@ class RewardModule(L.LightningModule):
 
     def configure_optimizers(self) -> Any:
         """AdamW with a schedule that steps with the optimizer."""
-        config = self.config
-        optimizer = make_adamw(self.model.parameters(), config.lr, config.weight_decay, config.betas)
-        total = self.trainer.estimated_stepping_batches
-        schedule = make_schedule(optimizer, config.schedule, config.warmup_steps, total)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        return adamw_with_schedule(self.trainer, self.model.parameters(), self.config)
 
 
 def _agreement(loss: Tensor, chosen: Tensor, rejected: Tensor) -> dict[str, Tensor]:
     """Loss, share of pairs in the right order (ties count half), and mean lead of the chosen."""
     lead = chosen - rejected
     return {"loss": loss.detach(), "accuracy": (lead.sign() / 2 + 0.5).mean(), "margin": lead.mean()}
-
-
-def _stack(first: Tensor, second: Tensor) -> Tensor:
-    """Put two right-padded batches on top of each other, padding the narrower one with zeros (masked)."""
-    width = max(first.shape[1], second.shape[1])
-    return torch.cat([torch.nn.functional.pad(x, (0, width - x.shape[1])) for x in (first, second)])

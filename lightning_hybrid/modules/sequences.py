@@ -48,9 +48,7 @@ class Texts(NamedTuple):
 
     def above(self, other: Texts) -> Texts:
         """These rows, then the other's; the narrower one is padded on the right."""
-        width = max(self.input_ids.shape[1], other.input_ids.shape[1])
-        pairs = zip(self, other, strict=True)
-        return Texts(*(torch.cat([F.pad(x, (0, width - x.shape[1])) for x in pair]) for pair in pairs))
+        return Texts(*(stacked(*pair) for pair in zip(self, other, strict=True)))
 
     def logprobs(self, policy: Scorer) -> Tensor:
         """Log-prob of each response, Float[B]: the sum over its tokens."""
@@ -80,3 +78,9 @@ def _prompt_and_response(ids: Tensor, attended: Tensor, responded: Tensor) -> tu
     ids, marks = ids[attended], responded[attended]
     begin = int(marks.long().argmax()) if bool(marks.any()) else len(marks)
     return ids[:begin], ids[begin:], marks[begin:]
+
+
+def stacked(first: Tensor, second: Tensor) -> Tensor:
+    """Two right-padded batches ``[batch, time]`` on top of each other, the narrower one padded with zeros."""
+    width = max(first.shape[1], second.shape[1])
+    return torch.cat([F.pad(x, (0, width - x.shape[1])) for x in (first, second)])

@@ -12,7 +12,7 @@ from lightning_hybrid.config import SFTConfig
 from lightning_hybrid.models import Policy, load_policy, max_positions
 from lightning_hybrid.models.packing import refuse_unpackable
 from lightning_hybrid.modules.likelihood import next_token_loss
-from lightning_hybrid.modules.optimization import make_adamw, make_schedule
+from lightning_hybrid.modules.optimization import adamw_with_schedule
 
 
 class SFTModule(L.LightningModule):
@@ -62,8 +62,4 @@ class SFTModule(L.LightningModule):
 
     def configure_optimizers(self) -> Any:
         """AdamW with a schedule that steps with the optimizer."""
-        config = self.config
-        optimizer = make_adamw(self.policy.parameters(), config.lr, config.weight_decay, config.betas)
-        total = self.trainer.estimated_stepping_batches
-        schedule = make_schedule(optimizer, config.schedule, config.warmup_steps, total)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        return adamw_with_schedule(self.trainer, self.policy.parameters(), self.config)
