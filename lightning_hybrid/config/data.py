@@ -37,7 +37,7 @@ def _one_source_of_validation(config: DataConfig) -> Problem | None:
 
 
 def _one_share_for_each_path(config: DataConfig) -> Problem | None:
-    paths = [config.path] if isinstance(config.path, str) else config.path
+    paths = [config.path] if isinstance(config.path, str) else config.path or []  # those of the PTX loss may be none
     if config.mix is None or (len(config.mix) == len(paths) and len(set(paths)) == len(paths)):
         return None
     return Problem("mix", f"needs one share for each path, each named once: path = {paths}", repr(config.mix))
@@ -85,7 +85,7 @@ class DataConfig(_SchemaConfig):
     num_workers: NonNegativeInt = 0
     """processes that prepare batches; 0 prepares them in the training process"""
     max_length: PositiveInt | None = None
-    """tokens that a row may have; null for the model's positions"""
+    """tokens that a row may have; null, or more than the model has positions, for those"""
     too_long: Literal["drop", "truncate", "error"] = "drop"
     """what happens to a row that is longer"""
 
@@ -137,10 +137,16 @@ def _lengths_are_known(config: PreferenceDataConfig) -> Problem | None:
     return Problem("balance", "must be false with pairing=labels: pairs are drawn anew in each epoch", "True")
 
 
+def _one_length_of_an_epoch(config: PreferenceDataConfig) -> Problem | None:
+    if config.pairs is None or config.mix is None:
+        return None
+    return Problem("pairs", "must be null with mix, which decides how long an epoch is", repr(config.pairs))
+
+
 class PreferenceDataConfig(AnswerDataConfig):
     """Arguments of `PreferenceDataModule`."""
 
-    rules: ClassVar[tuple[Rule, ...]] = (*DataConfig.rules, _lengths_are_known)
+    rules: ClassVar[tuple[Rule, ...]] = (*DataConfig.rules, _lengths_are_known, _one_length_of_an_epoch)
 
     chosen_key: str = "chosen"
     """key of the preferred text"""

@@ -52,6 +52,8 @@ class LikeLengths(DealtOrder):
 
 def lengths_of(dataset: Any) -> list[int]:
     """Tokens of each item of a data set."""
+    if hasattr(dataset, "parts"):
+        return [length for part in dataset.parts for length in lengths_of(part)]
     known = getattr(dataset, "lengths", None)  # of a stream, which would read every row again
     return list(known) if known is not None else [len(dataset[index]) for index in range(len(dataset))]
 

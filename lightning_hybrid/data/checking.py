@@ -34,6 +34,8 @@ class Tally:
         self.losses = losses
         self.dropped = Dropped(source, 0)
         self.lost: Counter[str] = Counter()
+        self.conversations = 0
+        self.remarks: Counter[str] = Counter()
         self.notices: dict[str, None] = {}
 
     def add(self, other: Tally) -> None:
@@ -41,6 +43,8 @@ class Tally:
         self.dropped.total += other.dropped.total
         self.dropped.reasons.update(other.dropped.reasons)
         self.lost.update(other.lost)
+        self.conversations += other.conversations
+        self.remarks.update(other.remarks)
         self.notices |= other.notices
 
     def report(self) -> None:
@@ -51,6 +55,7 @@ class Tally:
         """
         for message in self.notices:
             notice(message)
+        remark(self.remarks, self.conversations, self.dropped.source)
         _report_lost(self.lost, self.dropped.source)
         self.dropped.report()
 
@@ -75,6 +80,17 @@ def notice(message: str) -> None:
         tally.notices[message] = None
     elif not getattr(rank_zero_only, "rank", 0):
         LOGGER.warning(message)
+
+
+def remark(remarks: Counter[str], conversations: int, source: str) -> None:
+    """Log a one-line warning for each remark, with the number of the conversations that it was made on."""
+    tally = _GATHERING.get()
+    if tally is not None:
+        tally.remarks.update(remarks)
+        tally.conversations += conversations
+        return
+    for what, count in remarks.items():
+        notice(f"{count:,} of {conversations:,} conversations of {source}: {what}")
 
 
 def say(message: str) -> None:

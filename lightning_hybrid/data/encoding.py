@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from lightning_hybrid.data.checking import Problems, notice, report_lost_characters
+from lightning_hybrid.data.checking import Problems, remark, report_lost_characters
 from lightning_hybrid.data.conversation import Text, Turn
 from lightning_hybrid.data.templates import Chat, Segment, SystemTurns, TemplateRefusal, Turns, as_turns
 from lightning_hybrid.data.tokenizing import encode_segments, encode_texts, with_bos, with_eos
@@ -158,7 +158,7 @@ class AnswerEncoder:
     ) -> list[list[Segment]]:
         """Segments of each conversation; none for an empty one and where the template refuses, which is noted."""
         rendered: list[list[Segment]] = []
-        left_out: Counter[str] = Counter()
+        remarks: Counter[str] = Counter()
         for row, place in zip(turns, where, strict=True):
             segments: list[Segment] = []
             if row:
@@ -168,13 +168,10 @@ class AnswerEncoder:
             except TemplateRefusal as refusal:
                 problems.add(place, str(refusal))
             role = chat.leaves_out(row, segments) if segments else None
-            left_out.update([role] if role else [])
+            if role:
+                remarks[f"the chat template leaves out or changes the words of a turn of the role {role}"] += 1
             rendered.append(segments)
-        for role, count in left_out.items():
-            notice(
-                f"{count:,} of {len(turns):,} conversations of {problems.source}: the chat template leaves out or "
-                f"changes the words of a turn of the role {role}"
-            )
+        remark(remarks, len(turns), problems.source)
         return rendered
 
     def _pieces(self, rendered: Sequence[Sequence[Segment]], source: str) -> list[list[list[int]]]:

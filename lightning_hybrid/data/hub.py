@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lightning_hybrid.data.checking import Problems
+from lightning_hybrid.data.fingerprint import refuse_change, stamp
 from lightning_hybrid.data.reading import Manner, Row, UnreadableError
 
 if TYPE_CHECKING:
@@ -90,12 +91,14 @@ class _DatasetRows:
 
     def __init__(self, name: str, dataset: Any) -> None:
         self.name = name
+        self._stamp = stamp(name)
         self._dataset = dataset
 
     def __len__(self) -> int:
         return len(self._dataset)
 
     def __getitem__(self, index: int) -> Row:
+        refuse_change(self.name, self._stamp)
         return Row(dict(self._dataset[index]), f"{self.name}:row {index + 1}")
 
     def good_rows(self, problems: Problems) -> Iterator[tuple[int, Row]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import os
 from array import array
 from collections.abc import Callable, Iterator, Sequence
@@ -35,8 +36,8 @@ class LineRows:
 
     def __init__(self, name: str, kind: str, manner: Manner) -> None:
         self.name = name
-        self.encoding = manner.encoding
-        self._parse = _parser(name, kind, manner.encoding)
+        self.encoding = _known_encoding(manner.encoding)
+        self._parse = _parser(name, kind, self.encoding)
         self._stamp = stamp(name)
         self._begins, self._lengths, self._lines = array("Q"), array("I"), array("Q")
         self._file: int | None = None
@@ -113,16 +114,21 @@ class LineRows:
             os.close(opened)
 
 
+def _known_encoding(encoding: str) -> str:
+    """``utf-8`` under whatever name, also where it is to begin with a byte order mark; others as they are."""
+    try:
+        name = codecs.lookup(encoding).name
+    except (LookupError, ValueError) as error:
+        raise UnreadableError(f"unknown text encoding {encoding!r}: {error}") from error
+    return "utf-8" if name in ("utf-8", "utf-8-sig") else encoding
+
+
 def _parser(name: str, kind: str, encoding: str) -> Callable[[str], dict[str, object] | str]:
     streamed = ", ".join([*LINE_FORMATS, "parquet", "arrow"])
     if kind not in LINE_FORMATS:
         raise UnreadableError(f"{kind} cannot be streamed, only {streamed}: turn streaming off, or convert the file")
     if name.endswith(".gz"):
         raise UnreadableError("a gzipped file cannot be streamed: unpack it, or turn streaming off")
-    try:
-        one_byte = "\n".encode(encoding) == b"\n"
-    except (LookupError, ValueError) as error:
-        raise UnreadableError(f"unknown text encoding {encoding!r}: {error}") from error
-    if not one_byte:
+    if "\n".encode(encoding) != b"\n":
         raise UnreadableError(f"{encoding} cannot be streamed, as its lines do not end with one byte: convert to utf-8")
     return LINE_FORMATS[kind]

@@ -58,6 +58,8 @@ def _item_lines(text: str, count: int) -> Iterator[int]:
 
 
 def _csv(text: str) -> Parsed:
+    # A field may be as long as the file; the module's own limit is 128 KiB.
+    csv.field_size_limit(max(csv.field_size_limit(), len(text)))
     # strict: a quote that is never closed would otherwise swallow the rest of the file into one field
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     header: list[str] | None = None

@@ -10,6 +10,7 @@ from lightning_hybrid.data.checking import Dropped, Problems, notice
 from lightning_hybrid.data.conversation import Text, identity_of
 from lightning_hybrid.data.encoding import AnswerEncoder
 from lightning_hybrid.data.fields import text_field
+from lightning_hybrid.data.templates import TURNS, as_messages, as_turns
 from lightning_hybrid.data.tokenizing import LengthRule, keep_end
 
 if TYPE_CHECKING:
@@ -52,7 +53,8 @@ class PromptBatch(TypedDict):
     """B prompts, unpadded: on which side to pad is decided by the rollout.
 
     ``prompts`` are texts; of a conversation, what the chat template makes of it, without BOS. ``fields`` are the other
-    columns of the rows, one value for each prompt, None where a row has none.
+    columns of the rows, one value for each prompt, None where a row has none; with ``prompt_turns``, the turns of those
+    that pass through a chat template, where there are any.
 
     Example:
         ``{"prompt_ids": [[1, 40, 41], [1, 42]], "prompts": ["mia visits", "tom"], "index": [7, 2],
@@ -75,6 +77,21 @@ def read_prompts(rows: Sequence[Row], prompt_key: str, problems: Problems) -> li
         )
         for row in rows
     ]
+
+
+def with_turns(example: Prompt, chat: bool, problems: Problems) -> Prompt:
+    """A prompt with its turns as a column of their own, where it passes through a chat template.
+
+    Args:
+        example: The prompt; a column of that name, which no data may have, is noted.
+        chat: Whether plain text does, too.
+        problems: Where it is noted.
+    """
+    if TURNS in example.fields:
+        problems.add(example.where, f"the column {TURNS!r} is made of conversations by us: rename it")
+    if isinstance(example.text, str) and not chat:
+        return example
+    return replace(example, fields={**example.fields, TURNS: as_messages(as_turns(example.text))})
 
 
 def cut_to_first_words(examples: Sequence[Prompt], words: int, problems: Problems) -> list[Prompt]:
@@ -128,15 +145,22 @@ def encode_prompts(
             cut = ids if rule.room is None else keep_end(ids, rule.room, tokenizer.bos_token_id)
             # A reward judges what the policy was shown.
             shown = text if len(cut) == len(ids) else str(tokenizer.decode(cut, skip_special_tokens=True))
-            kept.append(EncodedPrompt(cut, shown, len(kept), example.fields))
+            # Of turns that were cut, only the text is left.
+            hidden = {TURNS: None} if len(cut) < len(ids) and TURNS in example.fields else {}
+            kept.append(EncodedPrompt(cut, shown, len(kept), {**example.fields, **hidden}))
     problems.raise_if_any()
     dropped.report()
     return kept
 
 
-def collate_prompts(examples: Sequence[EncodedPrompt]) -> PromptBatch:
-    """Make one batch of lists; see `PromptBatch`."""
-    names = dict.fromkeys(name for example in examples for name in example.fields)
+def collate_prompts(examples: Sequence[EncodedPrompt], columns: Sequence[str] = ()) -> PromptBatch:
+    """Make one batch of lists; see `PromptBatch`.
+
+    Args:
+        examples: The prompts.
+        columns: That the batch has, whether or not one of its own rows does.
+    """
+    names = dict.fromkeys([*columns, *(name for example in examples for name in example.fields)])
     return {
         "prompt_ids": [example.ids for example in examples],
         "prompts": [example.text for example in examples],

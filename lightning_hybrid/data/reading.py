@@ -58,9 +58,12 @@ def file_of(where: str) -> str:
     return where.rpartition(":")[0]
 
 
-def file_names(path: str | Sequence[str]) -> list[str]:
+Paths = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
+
+
+def file_names(path: Paths) -> list[str]:
     """Return the files of a ``path`` setting: one name, or several."""
-    return [path] if isinstance(path, str) else [str(name) for name in path]
+    return [os.fspath(name) for name in ([path] if isinstance(path, str | os.PathLike) else path)]
 
 
 @dataclass(frozen=True)
@@ -81,7 +84,7 @@ class Manner:
 
 
 def read_rows(
-    path: str | Sequence[str],
+    path: Paths,
     format: Format = "auto",
     encoding: str = "utf-8",
     problems: Problems | None = None,

@@ -54,7 +54,7 @@ class Schema:
 SCHEMAS: tuple[Schema, ...] = (
     Schema("prompt", (("prompt",),), ("system",), ("prompts",)),
     Schema("prompt_response", (("prompt",), ("response", "completion")), ("system",), ("prompts", "instructions")),
-    Schema("messages", (("messages",),), ("tools",), ("prompts", "instructions")),
+    Schema("messages", (("messages",),), ("system", "tools"), ("prompts", "instructions")),
     Schema("sharegpt", (("conversations",),), ("system", "tools"), ("prompts", "instructions")),
     Schema("alpaca", (("instruction",), ("output",)), ("input", "system"), ("prompts", "instructions")),
     Schema("question_answer", (("question",), ("answer",)), ("system",), ("prompts", "instructions")),
@@ -94,6 +94,7 @@ class Recognised:
         where: Of the first such row.
         rows: Number of them.
         notes: What else was met in them, with the number of rows.
+        repeating: Whether answers begin with their prompt, and where this was seen; None before the first prompt.
     """
 
     schema: Schema
@@ -101,6 +102,7 @@ class Recognised:
     where: str
     rows: int = 0
     notes: Counter[str] = field(default_factory=Counter)
+    repeating: tuple[bool, str] | None = None
 
 
 class Recogniser:
@@ -136,6 +138,17 @@ class Recogniser:
         """Count something met in a row, for the line that says what was recognised."""
         self._files[row.file].notes[what] += 1
 
+    def repeating(self, row: Row, repeats: bool) -> tuple[bool, str]:
+        """Whether the answers of a row's file begin with their prompt, which its first row decides, and where that is.
+
+        Args:
+            row: A row with a prompt.
+            repeats: Whether its own answers do.
+        """
+        found = self._files[row.file]
+        found.repeating = found.repeating or (repeats, row.where)
+        return found.repeating
+
     def report(self) -> None:
         """Log one line for each file: its rows, their schema and the columns it was told by."""
         for file, found in self._files.items():
@@ -147,8 +160,6 @@ class Recogniser:
         known = self._files.get(row.file)
         if self.chosen != "auto":
             schema = BY_NAME[self.chosen]
-        elif known is not None and known.schema.fits(row.fields):
-            return known.schema
         else:
             fitting = candidates(self.task, row.fields)
             if not fitting:
@@ -184,7 +195,8 @@ def _refuse_mixture(row: Row, schema: Schema, known: Recognised) -> None:
     first = f"  {known.schema.name}, by {', '.join(known.columns)}: {known.where}"
     raise DataError(
         f"{row.file} mixes rows of two schemas:\n{first}\n{_line(schema, row, row.where)}\n"
-        "put them into two files and name both in path"
+        "put them into two files and name both in path; or set schema (data.schema on the command line) to one that "
+        "fits all rows"
     )
 
 

@@ -165,7 +165,7 @@ def _pair(row: Row, schema: Schema, recogniser: Recogniser, problems: Problems) 
         return _pair_of_conversations(row, schema, given, problems)
     chosen, rejected = text_field(row, "chosen", problems), text_field(row, "rejected", problems)
     if given:
-        return _without_repeated_prompt(row, given, chosen, rejected, recogniser)
+        return given, *_without_repeated_prompt(row, given, (chosen, rejected), recogniser, problems)
     prompt, chosen, rejected = part_texts(chosen, rejected)
     kind = "transcripts parted at their last shared 'Assistant:'" if is_transcript(prompt) else "of no named prompt"
     recogniser.note(row, kind)
@@ -189,14 +189,32 @@ def _given_prompt(row: Row, schema: Schema, problems: Problems) -> Text:
 
 
 def _without_repeated_prompt(
-    row: Row, prompt: Text, chosen: str, rejected: str, recogniser: Recogniser
-) -> tuple[Text, str, str]:
-    """Take the prompt off the front of both answers, where both repeat it."""
+    row: Row, prompt: Text, answers: tuple[str, str], recogniser: Recogniser, problems: Problems
+) -> tuple[str, str]:
+    """Take the prompt off the front of both answers, where those of the whole file repeat it.
+
+    An answer may begin with the words of its prompt by chance, as "Hi" is answered by "Hi there": that the first row of
+    the file repeats its prompt, in both answers, tells what the file means.
+    """
     asked = prompt if isinstance(prompt, str) else prompt[-1].content
-    if asked.strip() and chosen != rejected and chosen.startswith(asked) and rejected.startswith(asked):
-        recogniser.note(row, "whose answers began with the prompt, taken off")
-        return prompt, chosen[len(asked) :], rejected[len(asked) :]
-    return prompt, chosen, rejected
+    if not asked.strip():
+        return answers
+    repeats = all(_continues(asked, answer) for answer in answers)
+    in_file, first = recogniser.repeating(row, repeats)
+    if in_file and not repeats:
+        problems.add(
+            row.where,
+            f"its answers do not both begin with its prompt, as those of {first} do: take the prompt off those, or set "
+            "schema to keys, which leaves answers as they are, with prompt_key for a prompt that they do not repeat",
+        )
+    elif repeats:
+        recogniser.note(row, f"whose answers began with the prompt, {'taken off' if in_file else 'left as they are'}")
+    return (answers[0][len(asked) :], answers[1][len(asked) :]) if in_file and repeats else answers
+
+
+def _continues(asked: str, answer: str) -> bool:
+    """Whether an answer begins with the prompt, and not in the middle of a word."""
+    return answer.startswith(asked) and not (asked[-1].isalnum() and answer[len(asked) : len(asked) + 1].isalnum())
 
 
 def _pair_of_conversations(row: Row, schema: Schema, given: Text, problems: Problems) -> tuple[Text, str, str]:

@@ -16,7 +16,7 @@ from typing import Any, Generic, TypeVar
 
 from torch.utils.data import Dataset
 
-from lightning_hybrid.data.checking import Problems, Tally
+from lightning_hybrid.data.checking import Dropped, Problems, Tally
 from lightning_hybrid.data.fingerprint import Files, digest_of_rows
 from lightning_hybrid.data.ids import Ids
 from lightning_hybrid.data.lines import LineRows
@@ -111,6 +111,7 @@ class Survey(Generic[Example]):
         make: Makes the item of a row that stays, of its index in the stream.
         problems: Where rows that cannot be used are noted; nothing is tokenised any more after the first.
         files: What was read: see `Files.read`.
+        dropped: The rows that are left out, by reason.
     """
 
     read: Callable[[Sequence[Row]], Sequence[Example]]
@@ -118,6 +119,7 @@ class Survey(Generic[Example]):
     make: Callable[[Row, int], Any]
     problems: Problems
     files: list[dict[str, Any]] = field(default_factory=list)
+    dropped: list[Dropped] = field(default_factory=list)
 
     def streams(
         self, names: Sequence[str], manner: Manner, limit: int | None, fraction: float, *, limit_each: bool
@@ -148,6 +150,7 @@ class Survey(Generic[Example]):
                 side.append(StreamedDataset(source, rows, self.make))
         self.problems.raise_if_any()
         tally.report()
+        self.dropped = [tally.dropped]
         self.files = files.read({s.name: len(s) for s in sources}, self._digests(sources, files.elsewhere))
         return sides
 
@@ -179,7 +182,8 @@ class Survey(Generic[Example]):
             index_of = {row.where: index for index, row in bite}
             for example, item in self._staying(examples, tally):
                 sides[is_held_out(example, fraction)].add(index_of[example.where], len(item))
-        ids.report(lambda number: source[number].where)
+        if not self.problems.found:  # otherwise rows are missing, and training ends before ids matter
+            ids.report(lambda number: source[number].where)
         return sides
 
     def _staying(self, examples: Sequence[Any], tally: Tally) -> Iterator[tuple[Any, Any]]:

@@ -134,12 +134,14 @@ class _TableRows:
 
     def __init__(self, name: str, table: Any) -> None:
         self.name = name
+        self._stamp = stamp(name)
         self._table = table
 
     def __len__(self) -> int:
         return int(self._table.num_rows)
 
     def __getitem__(self, index: int) -> Row:
+        refuse_change(self.name, self._stamp)
         return Row(self._table.slice(index, 1).to_pylist()[0], f"{self.name}:row {index + 1}")
 
     def good_rows(self, problems: Problems) -> Iterator[tuple[int, Row]]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 SystemTurns = Literal["keep", "merge"]
 Turns = tuple[Turn, ...]
 Span = tuple[int, int]
+TURNS = "prompt_turns"
+"""Column that a prompt which passes through a chat template has beside those of its row: a list of role and content."""
 
 _CHATML = r"""
 {%- for message in messages -%}
@@ -100,6 +102,17 @@ def use_template(tokenizer: PreTrainedTokenizerBase, template: str) -> None:
 def as_turns(prompt: Text) -> Turns:
     """Turns as they are, and a plain text as what the user says."""
     return (Turn("user", prompt),) if isinstance(prompt, str) else prompt
+
+
+def as_messages(turns: Turns) -> list[dict[str, str]]:
+    """Turns as chat templates take them."""
+    return [{"role": turn.role, "content": turn.content} for turn in turns]
+
+
+def turns_in(fields: Mapping[str, Sequence[object]] | None, count: int) -> list[Turns | None]:
+    """The turns of ``count`` prompts out of the columns of a batch; None for each that is plain text."""
+    given: Sequence[Any] = (fields or {}).get(TURNS, [None] * count)
+    return [None if messages is None else tuple(Turn(**message) for message in messages) for messages in given]
 
 
 @dataclass(frozen=True)
@@ -204,7 +217,7 @@ class Chat:
         template = self.template
         try:
             rendered: Any = render_jinja_template(
-                conversations=[[{"role": turn.role, "content": turn.content} for turn in turns]],
+                conversations=[as_messages(turns)],
                 chat_template=template,
                 return_assistant_tokens_mask=self.marked,
                 add_generation_prompt=opened,

@@ -29,6 +29,7 @@ ROLES: dict[str, Role] = {
 }
 
 NO_TOOLS = ("[]", "{}", "null")
+CALLS = ("tool_calls", "function_call")
 
 
 def turns_field(row: Row, key: str, problems: Problems) -> tuple[Turn, ...]:
@@ -39,7 +40,8 @@ def turns_field(row: Row, key: str, problems: Problems) -> tuple[Turn, ...]:
     """
     items = _items(row.fields.get(key))
     if not items:
-        problems.add(row.where, f"{key!r} must be a list of turns, found {reprlib.repr(row.fields.get(key))}")
+        wanted = "a list of turns, or columns of equal length"
+        problems.add(row.where, f"{key!r} must be {wanted}, found {reprlib.repr(row.fields.get(key))}")
         return ()
     found: list[Turn] = []
     for number, item in enumerate(items, start=1):
@@ -68,7 +70,8 @@ def with_system(row: Row, text: Text, columns: Collection[str], problems: Proble
     if not parts:
         return text
     if not isinstance(text, str) and text and text[0].role == "system":
-        parts, text = [text[0].content, *parts], text[1:]
+        said = text[0].content  # which the column may only say again
+        parts, text = [said, *(part for part in parts if part != said)], text[1:]
     return leading_system(text, "\n\n".join(parts))
 
 
@@ -90,9 +93,11 @@ def _items(value: object) -> Sequence[object]:
     """The turns of a list, of a single one, or of columns of equal length, as Arrow files may hold them."""
     if isinstance(value, Mapping):
         columns = list(value.values())
-        if columns and all(isinstance(column, list) for column in columns):
-            return [dict(zip(value, items, strict=False)) for items in zip(*columns, strict=False)]
-        return [value]
+        if not columns or not all(isinstance(column, list) for column in columns):
+            return [value]
+        if len({len(column) for column in columns}) > 1:
+            return []
+        return [dict(zip(value, items, strict=True)) for items in zip(*columns, strict=True)]
     return value if isinstance(value, list | tuple) else []
 
 
@@ -104,6 +109,9 @@ def _turn(item: object) -> Turn | str:
     role = ROLES.get(speaker.lower()) if isinstance(speaker, str) else None
     if role is None:
         return f"must say who speaks, as 'role' or 'from': {', '.join(ROLES)}; found {reprlib.repr(speaker)}"
+    calls = next((name for name in CALLS if item.get(name) and item[name] not in NO_TOOLS), None)
+    if calls is not None:
+        return f"{calls!r} would be lost, as a turn is text: write the call into its content"
     content = _content(item.get("content", item.get("value")))
     if content is None:
         return f"'content' or 'value' must be text, found {reprlib.repr(dict(item))}"

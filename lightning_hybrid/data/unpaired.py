@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
+from torch.utils.data import Dataset
 
 from lightning_hybrid.data.checking import Dropped, Problems
 from lightning_hybrid.data.encoding import EncodedText
@@ -78,13 +79,19 @@ def encode_unpaired(
     return kept
 
 
-def refuse_one_label(responses: Sequence[EncodedResponse], source: str) -> None:
-    """Raise a `DataError` where all responses have one label: there is nothing to tell apart."""
-    desirable = sum(response.desirable for response in responses)
-    if not 0 < desirable < len(responses):
+def refuse_one_label(responses: Sequence[EncodedResponse] | Dataset[EncodedResponse], source: str) -> None:
+    """Raise a `DataError` where all responses have one label: there is nothing to tell apart.
+
+    They are looked at in any order until both labels were met: of a stream few are read, also where it is sorted.
+    """
+    count = len(responses)  # type: ignore[arg-type]
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(0)).tolist()
+    first = bool(responses[order[0]].desirable) if count else True
+    if all(responses[index].desirable == first for index in order):
+        desirable = count if first else 0
         raise DataError(
             f"responses of both labels are needed, but {source} has {desirable:,} desirable and "
-            f"{len(responses) - desirable:,} undesirable ones"
+            f"{count - desirable:,} undesirable ones"
         )
 
 

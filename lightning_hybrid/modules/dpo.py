@@ -53,7 +53,7 @@ class DPOModule(PreferenceModule):
         self.config = config or DPOConfig()
         super().__init__(policy, reference, self.config, needs_reference=not self.config.reference_free)
 
-    def _judge(self, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+    def _judge(self, batch: dict[str, Any], count: int | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         config = self.config
         chosen_texts = Texts.of(batch["chosen"])
         texts = chosen_texts.above(Texts.of(batch["rejected"]))
@@ -73,7 +73,7 @@ class DPOModule(PreferenceModule):
             "logps/rejected": rejected,
             "sft_loss": sft,
         }
-        return losses + config.sft_coef * sft, figures
+        return losses + config.sft_coef * sft, {name: figure[:count] for name, figure in figures.items()}
 
     def _reference_logprobs(self, texts: Texts) -> Tensor:
         """Before the policy's own pass: with adapters both are one model, whose backward pass follows its last one."""

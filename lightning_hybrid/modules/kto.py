@@ -68,10 +68,10 @@ class KTOModule(PreferenceModule):
                 "data.batch_size (batch_size of the data module) to 2 or more on each rank"
             )
 
-    def _judge(self, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+    def _judge(self, batch: dict[str, Any], count: int | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         config, desirable = self.config, batch["desirable"]
         texts = Texts.of(batch)
-        reference, baseline = self._reference_logprobs_and_baseline(texts)
+        reference, baseline = self._reference_logprobs_and_baseline(texts, count)
         policy = texts.logprobs(self.policy)
         losses, rewards = kto_loss(
             policy,
@@ -83,26 +83,27 @@ class KTOModule(PreferenceModule):
             config.undesirable_weight,
         )
         lead = torch.where(desirable, 1, -1) * (rewards - config.beta * baseline)
+        good, rewards, logps = desirable[:count], rewards[:count], policy[:count]
         figures = {
-            "rewards/chosen": rewards[desirable],
-            "rewards/rejected": rewards[~desirable],
-            "rewards/accuracy": lead.sign() / 2 + 0.5,
-            "logps/chosen": policy[desirable],
-            "logps/rejected": policy[~desirable],
-            "kl": baseline.expand(len(losses)),
+            "rewards/chosen": rewards[good],
+            "rewards/rejected": rewards[~good],
+            "rewards/accuracy": lead[:count].sign() / 2 + 0.5,
+            "logps/chosen": logps[good],
+            "logps/rejected": logps[~good],
+            "kl": baseline.expand(len(good)),
         }
         return losses, figures
 
     @torch.no_grad()
-    def _reference_logprobs_and_baseline(self, texts: Texts) -> tuple[Tensor, Tensor]:
-        """Float[B] and 0-dim. Both before the policy's own pass, whose backward pass is to follow it."""
+    def _reference_logprobs_and_baseline(self, texts: Texts, count: int | None = None) -> tuple[Tensor, Tensor]:
+        """Float[B], and 0-dim of the first rows. Both before the policy's own pass, as its backward pass follows it."""
         assert self.reference is not None
         others = mismatched(texts, self.max_positions)
         reference, ref_others = texts.above(others).logprobs(self.reference).chunk(2)
         # All ranks run the policy, also one whose single row tells nothing.
         policy_others = others.logprobs(self.policy)
-        tell = others.loss_mask.any(1) & (len(texts.input_ids) > 1)
-        return reference, kto_baseline(policy_others[tell], ref_others[tell], self._sum_over_ranks)
+        tell = (others.loss_mask.any(1) & (len(texts.input_ids) > 1))[:count]
+        return reference, kto_baseline(policy_others[:count][tell], ref_others[:count][tell], self._sum_over_ranks)
 
     def _show(self, means: dict[str, float], prefix: str = "") -> None:
         if {"rewards/chosen", "rewards/rejected"} <= means.keys():

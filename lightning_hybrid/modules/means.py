@@ -1,11 +1,16 @@
-"""Means over rows that lie on several ranks and in several batches."""
+"""Means over rows that lie on several ranks and in several batches, of which each counts once."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import DistributedSampler
+
+if TYPE_CHECKING:
+    from lightning import Trainer
 
 
 class Means:
@@ -49,3 +54,41 @@ class Means:
             return {}
         sums, counts = self._sums_and_counts.tolist()
         return {name: s / n for name, s, n in zip(self.names, sums, counts, strict=True) if n > 0}
+
+
+def rows_that_count(trainer: Trainer, batch_idx: int, rows: int) -> int:
+    """How many of the rows of a validation batch count, which are the first ones.
+
+    The last ones may be rows of other ranks, which a sampler repeats so that all ranks have as many.
+
+    Args:
+        trainer: that validates.
+        batch_idx: number of the batch.
+        rows: that it has.
+    """
+    loaders: Any = trainer.val_dataloaders
+    loader = loaders[0] if isinstance(loaders, list) else loaders
+    sampler = getattr(loader, "sampler", None)
+    if not isinstance(sampler, DistributedSampler) or loader.batch_size is None:
+        return rows
+    first: int = batch_idx * loader.batch_size
+    dealt = range(sampler.rank, len(sampler.dataset), sampler.num_replicas)  # type: ignore[arg-type]
+    return max(0, min(rows, len(dealt) - first))
+
+
+def over_ranks(trainer: Trainer, means: Mapping[str, Tensor], count: int) -> tuple[dict[str, Tensor], int]:
+    """Means over the rows of a batch on all ranks, and how many these are; all ranks call it.
+
+    Logged with that number as ``batch_size``, they are averaged as they should be: Lightning's own average over ranks
+    rounds the numbers of rows where they differ.
+
+    Args:
+        trainer: whose ranks.
+        means: 0-dim each, over the rows of this rank; whatever they are where it has none.
+        count: of the rows of this rank.
+    """
+    own = torch.stack([*means.values()]).detach().double()
+    sums = torch.cat([own * count if count else torch.zeros_like(own), own.new_tensor([count])])
+    reduced: Tensor = trainer.strategy.reduce(sums, reduce_op="sum")
+    *totals, together = reduced.unbind()
+    return dict(zip(means, (total / together for total in totals), strict=True)), int(together)

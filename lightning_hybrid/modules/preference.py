@@ -15,7 +15,7 @@ from lightning_hybrid.config import DPOConfig, KTOConfig
 from lightning_hybrid.errors import ConfigError
 from lightning_hybrid.models import Policy, disable_dropout, load_policy, max_positions
 from lightning_hybrid.models.adapters import AdaptersOff, has_adapter
-from lightning_hybrid.modules.means import Means
+from lightning_hybrid.modules.means import Means, rows_that_count
 from lightning_hybrid.modules.optimization import adamw_with_schedule
 from lightning_hybrid.strategy import EngineSpec
 
@@ -66,8 +66,8 @@ class PreferenceModule(L.LightningModule):
         return max_positions(self.policy.config)
 
     @abstractmethod
-    def _judge(self, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Losses of the batch's rows, Float[B], and each figure for those rows that have it."""
+    def _judge(self, batch: dict[str, Any], count: int | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+        """Losses of the batch's rows, Float[B], and each figure for those of its first ``count`` rows that have it."""
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Loss of one batch."""
@@ -88,8 +88,10 @@ class PreferenceModule(L.LightningModule):
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Take one batch into the means of the validation."""
-        losses, figures = self._judge(batch)
-        self._validation_means.add(self._validation_means.pack({"loss": losses, **figures}))
+        rows = len(batch.get("chosen", batch)["input_ids"])
+        count = rows_that_count(self.trainer, batch_idx, rows)
+        losses, figures = self._judge(batch, count)
+        self._validation_means.add(self._validation_means.pack({"loss": losses[:count], **figures}))
 
     def on_validation_epoch_end(self) -> None:
         """Log the means over all ranks, as ``val/loss`` and so on."""

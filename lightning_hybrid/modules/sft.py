@@ -12,6 +12,7 @@ from lightning_hybrid.config import SFTConfig
 from lightning_hybrid.models import Policy, load_policy, max_positions
 from lightning_hybrid.models.packing import refuse_unpackable
 from lightning_hybrid.modules.likelihood import next_token_loss
+from lightning_hybrid.modules.means import over_ranks, rows_that_count
 from lightning_hybrid.modules.optimization import adamw_with_schedule
 
 
@@ -56,9 +57,12 @@ class SFTModule(L.LightningModule):
         return loss
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        """Log ``val/loss``, in nats per token."""
-        total, count = next_token_loss(self.policy, batch)
-        self.log("val/loss", total / count.clamp_min(1), batch_size=int(count), sync_dist=True, prog_bar=True)
+        """Log ``val/loss``, in nats per token of all texts of all ranks."""
+        loss_mask = batch["loss_mask"].clone()
+        loss_mask[rows_that_count(self.trainer, batch_idx, len(loss_mask)) :] = False
+        total, count = next_token_loss(self.policy, batch | {"loss_mask": loss_mask})
+        means, tokens = over_ranks(self.trainer, {"val/loss": total / count}, int(count))
+        self.log_dict(means, batch_size=tokens, sync_dist=True, prog_bar=True)
 
     def configure_optimizers(self) -> Any:
         """AdamW with a schedule that steps with the optimizer."""

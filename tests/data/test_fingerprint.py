@@ -30,6 +30,18 @@ def test_the_same_data_is_gone_on_with_wherever_it_stands(write: Any, tokenizer:
     read(str(moved), tokenizer, batch_size=2, num_workers=1).load_state_dict(state)
 
 
+def test_the_same_chat_template_is_gone_on_with_wherever_it_stands(write: Any, tmp_path: Path) -> None:
+    from lightning_hybrid.data.task import build_tokenizer
+
+    path, states = write("a.jsonl", ROWS), []
+    for name, template in (("a.jinja", "{{ messages }}"), ("b.jinja", "{{ messages }}"), ("c.jinja", "{{ 0 }}")):
+        (tmp_path / name).write_text(template)
+        states.append(read(path, build_tokenizer(), template=str(tmp_path / name)))
+    states[1].load_state_dict(states[0].state_dict())
+    with pytest.raises(DataError, match="chat_template: '"):
+        states[2].load_state_dict(states[0].state_dict())
+
+
 def test_a_changed_file_is_named_with_what_differs_and_the_fix(write: Any, tokenizer: Any) -> None:
     path = write("a.jsonl", ROWS)
     state = read(path, tokenizer).state_dict()

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+from pathlib import Path
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -162,6 +165,22 @@ def test_the_same_seed_gives_the_same_order_and_another_one_another(write, token
         ]
 
     assert order(1) == order(1) != order(2)
+
+
+def test_files_may_be_named_by_paths(write, tokenizer):
+    train, held_out = Path(write("a.jsonl", ROWS)), Path(write("b.jsonl", ROWS[:1]))
+    module = InstructionDataModule([train, str(held_out)], tokenizer=tokenizer, validation_path=held_out, mix=[1, 1])
+    assert len(batches(module)[0]["input_ids"]) == 3
+    assert len(next(iter(module.val_dataloader()))["input_ids"]) == 1
+    assert len(batches(InstructionDataModule(train, tokenizer=tokenizer, streaming=True))[0]["input_ids"]) == 2
+
+
+def test_no_row_is_longer_than_the_positions_of_the_model(write, tokenizer, notices):
+    module = InstructionDataModule(write("a.jsonl", ROWS), tokenizer=tokenizer, max_length=100)
+    trained = SimpleNamespace(tokenizer=tokenizer, max_positions=12)
+    module.trainer = SimpleNamespace(lightning_module=trained, world_size=1, global_rank=0, current_epoch=0)
+    assert len(batches(module)[0]["input_ids"]) == 1
+    assert ["1 too long (tokens > max_length 12)" in message for message in notices] == [True]
 
 
 def test_limit_takes_the_first_rows(write, tokenizer):

@@ -64,6 +64,23 @@ def test_ranks_are_dealt_the_order_of_one_process(ranks: int) -> None:
         assert [index for turn in zip(*dealt, strict=True) for index in turn] == list(Order(blocks, shares, 0, 1))
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_the_seed_decides_the_order_on_any_number_of_ranks(write: Any, tokenizer: Any, streaming: bool) -> None:
+    name = write("mia.jsonl", MIA)
+
+    def steps(ranks: int, seed: int) -> list[list[str]]:
+        loaders = []
+        for rank in range(ranks):
+            module = PromptDataModule(name, tokenizer=tokenizer, batch_size=4 // ranks, seed=seed, streaming=streaming)
+            module.trainer = OneRank(0, ranks, rank)  # type: ignore[assignment]
+            loaders.append(module.train_dataloader())
+        batches = [[batch["prompts"] for batch in loader] for loader in loaders]
+        return [[text for row in zip(*step, strict=True) for text in row] for step in zip(*batches, strict=True)]
+
+    assert steps(1, seed=3) == steps(2, seed=3) == steps(4, seed=3)
+    assert steps(1, seed=3) != steps(1, seed=4)
+
+
 def test_an_order_that_does_not_come_out_even_begins_again() -> None:
     order = list(Order([[7]], None, 0))
     shares = [list(Order([[7]], None, 0, 0, 3, rank)) for rank in range(3)]
@@ -108,10 +125,10 @@ def whole_batches(given: list[Any], epoch: int) -> list[list[list[int]]]:
 class OneRank:
     """What a data module asks a trainer for."""
 
-    world_size, global_rank, lightning_module = 1, 0, None
+    lightning_module = None
 
-    def __init__(self, epoch: int) -> None:
-        self.current_epoch = epoch
+    def __init__(self, epoch: int, ranks: int = 1, rank: int = 0) -> None:
+        self.current_epoch, self.world_size, self.global_rank = epoch, ranks, rank
 
 
 def test_blocks_are_read_a_few_at_a_time_and_every_row_once() -> None:

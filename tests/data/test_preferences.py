@@ -175,6 +175,11 @@ def test_validation_texts_need_labels(write, tokenizer):
         module.validation_texts()
 
 
+def test_pairs_and_mix_do_not_both_decide_the_length_of_an_epoch():
+    with pytest.raises(ConfigError, match="pairs and mix both decide how long an epoch is: unset pairs, or mix"):
+        PreferenceDataModule(["a.csv", "b.csv"], pairing="labels", pairs=8, mix=[1, 1])
+
+
 def test_an_unknown_pairing_is_refused():
     with pytest.raises(ConfigError, match="pairing must be one of rows, labels, found 'random'"):
         PreferenceDataModule("a.jsonl", pairing="random")

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import copy
 import json
 
 import pytest
 
 from lightning_hybrid.data import PromptDataModule
+from lightning_hybrid.data.mixing import Order
 from lightning_hybrid.errors import ConfigError, DataError
 
 ROWS = [{"prompt": text} for text in ("mia visits the market .", "tom leaves the farm .", "ada sees the hotel .")]
@@ -135,7 +137,8 @@ def test_gsm8k_gives_its_questions_with_the_answers_as_a_field_in_any_form_of_pr
     path = shared / "data/gsm8k_train.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()[:50]]
     (tmp_path / "question.jinja").write_text(QUESTION)
-    options = {"limit": 50, "batch_size": 10, "max_length": 512, "max_new_tokens": 16, "tokenizer": story_tokenizer}
+    stories = copy.deepcopy(story_tokenizer)  # which is given a template
+    options = {"limit": 50, "batch_size": 10, "max_length": 512, "max_new_tokens": 16, "tokenizer": stories}
     for form, in_turns in (
         ("{}", {}),
         ("Question: {}\nAnswer:", {"chat": True, "template": f"{tmp_path}/question.jinja"}),
@@ -147,7 +150,9 @@ def test_gsm8k_gives_its_questions_with_the_answers_as_a_field_in_any_form_of_pr
             form.format(rows[i]["question"]) for i in places
         ]
         assert [gold for batch in batches for gold in batch["fields"]["answer"]] == [rows[i]["answer"] for i in places]
-        assert all(set(batch["fields"]) == {"answer"} for batch in batches)
+        assert all(
+            set(batch["fields"]) == ({"answer", "prompt_turns"} if in_turns else {"answer"}) for batch in batches
+        )
 
 
 def show_prompts_of_each_rank(name: str) -> None:
@@ -181,7 +186,7 @@ def show_prompts_of_each_rank(name: str) -> None:
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    trainer.fit(module, datamodule=PromptDataModule(name, batch_size=5))
+    trainer.fit(module, datamodule=PromptDataModule(name, batch_size=5, seed=7))
     print(json.dumps(module.seen))
 
 
@@ -190,3 +195,5 @@ def test_two_ranks_share_the_prompts_and_shuffle_them_in_each_epoch(write, run_r
     one, two = (json.loads(output.splitlines()[-1]) for output in run_ranks(show_prompts_of_each_rank, 2, name))
     assert sorted(one[:10] + two[:10]) == sorted(one[10:] + two[10:]) == list(range(20))
     assert one[:10] != one[10:]
+    for rank, seen in enumerate((one, two)):
+        assert seen == [index for epoch in (0, 1) for index in Order([[20]], None, 7, epoch, 2, rank)]

@@ -38,6 +38,16 @@ def test_csv_rows_may_hold_quoted_line_ends(write):
     assert rows[1].where == f"{name}:4"
 
 
+def test_a_csv_field_may_be_longer_than_the_limit_of_the_csv_module(write):
+    long = "word " * 40_000
+    assert read_rows(write("a.csv", f"text,n\n{long},1\n"))[0].fields["text"] == long
+
+
+def test_files_may_be_named_by_paths(write):
+    name = write("a.txt", "x\n")
+    assert read_rows(Path(name)) == read_rows([Path(name)]) == read_rows(name) == [Row({"text": "x"}, f"{name}:1")]
+
+
 def test_lines_end_at_newlines_only(write):
     name = write("a.txt", b"one\x85still one \r\n\ntwo\n")
     assert [row.fields["text"] for row in read_rows(name, encoding="latin-1")] == ["one\x85still one", "two"]

@@ -19,6 +19,7 @@ from lightning_hybrid.errors import ConfigError, DataError
 
 ASKED = {"role": "user", "content": "Who goes where?"}
 ANSWERED = {"role": "assistant", "content": "Mia goes home."}
+CALLS = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "weather"}}]}
 
 
 def no_keys(rows: Any) -> Any:
@@ -85,6 +86,18 @@ def test_sharegpt_gets_its_system_and_tools_as_a_system_turn_and_its_roles_trans
     assert read("prompts", [row])[0].text == dialogue.turns[:-1]
 
 
+def test_a_system_column_beside_messages_is_said_first_and_once() -> None:
+    said = {"role": "system", "content": "Be brief."}
+    rows = [
+        {"messages": [ASKED, {**ANSWERED, "tool_calls": []}], "system": "Be brief."},
+        {"messages": [said, ASKED, ANSWERED], "system": "Be brief."},
+        {"messages": [said, ASKED, ANSWERED], "system": "Be kind."},
+    ]
+    first = [dialogue.turns[0] for dialogue in read("instructions", rows)]
+    texts = ["Be brief.", "Be brief.", "Be brief.\n\nBe kind."]
+    assert first == [Turn("system", text) for text in texts]
+
+
 def test_rows_whose_tools_are_quoted_are_counted_and_only_where_the_schema_has_tools(
     write: Any, tokenizer: Any, caplog: Any
 ) -> None:
@@ -140,13 +153,47 @@ def test_transcripts_that_part_earlier_keep_their_further_turns_in_the_answer() 
     assert pair.chosen == " Hello.\n\nHuman: ok\n\nAssistant: Bye."
 
 
-def test_a_prompt_of_its_own_is_taken_off_answers_that_repeat_it() -> None:
-    rows = [
-        {"prompt": "Q? ", "chosen": "Q? yes", "rejected": "Q? no"},
-        {"prompt": "Q? ", "chosen": "a", "rejected": "b"},
-    ]
+REPEATING = {"prompt": "Q?", "chosen": "Q? yes", "rejected": "Q? no"}
+
+
+def test_a_prompt_of_its_own_is_taken_off_the_answers_of_a_file_that_repeats_it() -> None:
+    rows = [REPEATING, {"prompt": "A:", "chosen": "A:b", "rejected": "A:"}]
     pairs = read("preferences", rows)
-    assert [(pair.prompt, pair.chosen, pair.rejected) for pair in pairs] == [("Q? ", "yes", "no"), ("Q? ", "a", "b")]
+    assert [(pair.prompt, pair.chosen, pair.rejected) for pair in pairs] == [("Q?", " yes", " no"), ("A:", "b", "")]
+
+
+def test_a_row_that_does_not_repeat_its_prompt_as_its_file_does_is_named_with_the_first_that_does() -> None:
+    message = r"a.jsonl:2: its answers do not both begin with its prompt, as those of a.jsonl:1 do: .* set schema to"
+    for chosen in ("Q? a", "a"):
+        with pytest.raises(DataError, match=message):
+            read("preferences", [REPEATING, {"prompt": "Q?", "chosen": chosen, "rejected": "b"}])
+
+
+def test_answers_that_begin_like_their_prompt_by_chance_are_left_as_they_are(
+    write: Any, tokenizer: Any, caplog: Any
+) -> None:
+    torn = [{"prompt": "Hi", "chosen": "Hide", "rejected": "Hill"}]
+    assert [(pair.chosen, pair.rejected) for pair in read("preferences", torn)] == [("Hide", "Hill")]
+    rows = [
+        {"prompt": "mia", "chosen": "tom visits", "rejected": "tom"},
+        {"prompt": "tom", "chosen": "tom visits", "rejected": "tom leaves"},
+    ]
+    assert [pair.chosen for pair in read("preferences", rows)] == ["tom visits"] * 2
+    name = write("a.jsonl", rows)
+    for streaming in (False, True):
+        caplog.clear()
+        with caplog.at_level("INFO", logger="lightning_hybrid"):
+            PreferenceDataModule(name, tokenizer=tokenizer, streaming=streaming).setup()
+        assert "1 whose answers began with the prompt, left as they are" in caplog.text
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_stream_takes_prompts_off_too(write: Any, tokenizer: Any, workers: int) -> None:
+    rows = [{"prompt": "mia", "chosen": f"mia visits the {x} .", "rejected": "mia ."} for x in ("farm", "hotel")]
+    module = PreferenceDataModule(write("a.jsonl", rows), tokenizer=tokenizer, streaming=True, num_workers=workers)
+    (batch,) = module.train_dataloader()
+    texts = {tokenizer.decode(ids) for ids in batch["chosen"]["input_ids"]}
+    assert texts == {f"<bos> mia visits the {x} . <eos>" for x in ("farm", "hotel")}
 
 
 def test_pairs_of_conversations_share_all_turns_but_the_last() -> None:
@@ -199,6 +246,17 @@ def test_rows_of_two_schemas_in_one_file_are_refused_with_a_line_of_each() -> No
         read("instructions", rows)
 
 
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_rows_of_two_schemas_are_refused_in_either_order(order: tuple[int, int]) -> None:
+    """Also where the columns of one row are among those of the other."""
+    rows = [{"prompt": "a"}, {"prompt": "a", "response": "b"}]
+    with pytest.raises(
+        DataError, match=r"(?s)mixes rows of two schemas:\n.*: a.jsonl:1\n.*: a.jsonl:2\n.*or set schema"
+    ):
+        read("prompts", [rows[index] for index in order])
+    assert [prompt.text for prompt in read("prompts", [rows[index] for index in order], schema="prompt")] == ["a", "a"]
+
+
 def test_two_files_may_have_two_schemas(write: Callable[..., str], tokenizer: Any) -> None:
     names = [
         write("a.jsonl", [{"prompt": "mia visits", "response": "the farm ."}]),
@@ -217,7 +275,11 @@ def test_two_files_may_have_two_schemas(write: Callable[..., str], tokenizer: An
         ([ASKED, {"role": "assistant", "content": [{"type": "image"}]}], "turn 2 .* must be text"),
         ([ASKED, {"role": "assistant", "content": "\ud800"}], "turn 2 .* half of a surrogate pair"),
         (["hi"], "turn 1 .* expected an object with role and content, found 'hi'"),
-        ([], r"'messages' must be a list of turns, found \[\]"),
+        ([], r"'messages' must be a list of turns, or columns of equal length, found \[\]"),
+        ({"role": ["user", "assistant"], "content": ["a"]}, "'messages' must be .* columns of equal length, found {"),
+        ([ASKED, CALLS], "turn 2 of 'messages': 'tool_calls' would be lost, as a turn is text: write the call into"),
+        ([ASKED, {**CALLS, "content": None}], "turn 2 of 'messages': 'tool_calls' would be lost"),
+        ([ASKED, {"role": "assistant", "content": "", "function_call": {"name": "f"}}], "turn 2 .*'function_call' wou"),
         ([ASKED], "no turn is the assistant's, so there is nothing to learn"),
     ],
 )

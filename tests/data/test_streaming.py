@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import json
 import pickle
 import subprocess
@@ -12,9 +13,10 @@ import pytest
 import torch
 
 from lightning_hybrid.checkpoint import ResumableLoader
-from lightning_hybrid.data import InstructionDataModule, PreferenceDataModule, PromptDataModule
+from lightning_hybrid.data import InstructionDataModule, PreferenceDataModule, PromptDataModule, UnpairedDataModule
+from lightning_hybrid.data.checking import Problems
 from lightning_hybrid.data.reading import Manner, read_rows
-from lightning_hybrid.data.streaming import BITE, open_source
+from lightning_hybrid.data.streaming import BITE, StreamedDataset, open_source
 from lightning_hybrid.errors import ConfigError, DataError
 
 PROMPTS = [{"prompt": f"mia visits {'the ' * (n % 12)}{n}", "n": n} for n in range(40)]
@@ -130,6 +132,64 @@ def test_characters_that_are_lost_are_counted_over_the_whole_stream(
     assert notices_end(notices, f"loses {BITE + 10} of them: '#' ×{BITE + 10}")
 
 
+def test_what_a_template_leaves_out_is_remarked_once_for_the_whole_stream(
+    write: Any, story_tokenizer: Any, notices: list[str]
+) -> None:
+    """Also where some rows of a bit are dropped."""
+    tokenizer = copy.deepcopy(story_tokenizer)
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.role != 'system' %}{{ m.content }} {% endif %}{% endfor %}"
+    )
+    kept = [{"role": role, "content": f"the {role}"} for role in ("system", "user", "assistant")]
+    rows = [{"messages": kept}] * (BITE + 10) + [{"messages": [*kept[:2], {"role": "assistant", "content": " "}]}]
+    name = write("a.jsonl", rows)
+    said = []
+    for streaming in (False, True):
+        InstructionDataModule(name, tokenizer=tokenizer, max_length=64, streaming=streaming).setup()
+        said.append([message for message in notices if "chat template leaves out" in message][len(said) :])
+    assert [message.partition(" conversations of ")[0] for message in said[0]] == [f"{len(rows)} of {len(rows)}"]
+    assert said[1] == said[0]
+
+
+def test_what_a_stream_drops_is_known_to_its_data_module(write: Any, tokenizer: Any) -> None:
+    name = write("a.jsonl", [*PROMPTS, {"prompt": " ", "n": 0}])
+    reasons = []
+    for streaming in (False, True):
+        module = PromptDataModule(name, tokenizer=tokenizer, streaming=streaming)
+        batches_of(module)
+        reasons.append([(dropped.total, dict(dropped.reasons)) for dropped in module.dropped])
+    assert reasons[0] == reasons[1] == [(41, {"with an empty prompt": 1})]
+
+
+def test_several_streams_are_balanced_by_the_lengths_that_are_known(
+    write: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [{"prompt": "mia", "response": "the " * (n + 1)} for n in range(20)]
+    names = [write("a.jsonl", rows), write("b.jsonl", rows)]
+    module = InstructionDataModule(names, tokenizer=tokenizer, balance=True, streaming=True)
+    module.setup()
+    monkeypatch.setattr(StreamedDataset, "__getitem__", None)
+    assert sorted(module.train_dataloader().sampler) == list(range(40))
+
+
+@pytest.mark.parametrize("mix", [None, [1.0, 1.0]])
+def test_streamed_responses_of_one_label_alone_are_refused(write: Any, tokenizer: Any, mix: Any) -> None:
+    rows = [{"prompt": f"mia visits {n}", "completion": "the ice", "label": True} for n in range(4)]
+    names = [write("a.jsonl", rows), write("b.jsonl", rows[:2])]
+    for streaming in (False, True):
+        module = UnpairedDataModule(names, tokenizer=tokenizer, mix=mix, streaming=streaming)
+        with pytest.raises(DataError, match="of both labels are needed, but .* has 6 desirable and 0 undesirable ones"):
+            module.setup()
+    names[1] = write("b.jsonl", [{**rows[0], "label": False}])
+    UnpairedDataModule(names, tokenizer=tokenizer, mix=mix, streaming=True).setup()
+
+
+def test_ids_that_occur_again_do_not_hide_what_is_wrong_with_a_row(write: Any, tokenizer: Any) -> None:
+    lines = ['{"id": 1, "prompt": "mia"}', "{broken", '{"id": 1, "prompt": "tom"}']
+    with pytest.raises(DataError, match=r"1 problem in .*\n.*jsonl:2: not valid JSON"):
+        PromptDataModule(write("a.jsonl", "\n".join(lines)), tokenizer=tokenizer, streaming=True).setup()
+
+
 def test_nothing_that_is_left_is_an_error(write: Any, tokenizer: Any) -> None:
     name = write("a.jsonl", [{"prompt": " "}] * 3)
     with pytest.raises(DataError, match=r"nothing is left of the 3 rows of .*: 3 with an empty prompt"):
@@ -226,6 +286,14 @@ def test_lines_are_found_again_in_any_encoding_with_one_byte_for_their_end(write
     name = write("a.txt", "café\n\n1 naïf\n".encode("latin-1"))
     source = open_source(name, Manner("lines", "latin-1"))
     assert [source[index] for index in (1, 0)] == read_rows(name, "lines", "latin-1")[::-1]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf8", "UTF-8", "utf-8-sig"])
+def test_a_byte_order_mark_is_skipped_whatever_the_encoding_is_called(write: Any, encoding: str) -> None:
+    name = write("a.jsonl", '\ufeff{"a": 1}\n{"a": 2}\n')
+    rows = [row for _, row in open_source(name, Manner(encoding=encoding)).good_rows(Problems(name))]
+    assert rows == read_rows(name, encoding=encoding)
+    assert [row.fields for row in rows] == [{"a": 1}, {"a": 2}]
 
 
 def test_real_questions_stream_as_they_are_read(shared: Any) -> None:

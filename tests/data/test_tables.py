@@ -5,6 +5,7 @@ import os
 import pickle
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,17 @@ def test_a_parquet_file_that_is_changed_while_it_is_streamed_is_refused(tmp_path
     as_parquet(tmp_path / "a.parquet", ROWS[::-1] * 2)
     with pytest.raises(DataError, match=r"a.parquet was changed while it was streamed: start again"):
         source[9]
+
+
+@pytest.mark.parametrize("write_table", [as_arrow, as_saved])
+def test_so_is_a_mapped_table(tmp_path: Path, write_table: Any) -> None:
+    name = write_table(tmp_path / "a.arrow", [{"prompt": "mia"}] * 8)
+    source = open_source(name, Manner("arrow" if write_table is as_arrow else "auto"))
+    assert source[3].fields == {"prompt": "mia"}
+    for file in [tmp_path / "a.arrow", *(tmp_path / "a.arrow").glob("*.arrow")]:
+        os.utime(file, ns=(0, time.time_ns() + 10**9))
+    with pytest.raises(DataError, match="was changed while it was streamed: start again"):
+        source[3]
 
 
 def test_several_kinds_of_files_are_read_together(tmp_path: Path, write: Any) -> None:

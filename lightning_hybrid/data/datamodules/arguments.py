@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypedDict, get_args
 from lightning.pytorch import LightningDataModule
 
 from lightning_hybrid.config.data import SchemaName
-from lightning_hybrid.data.reading import Format, Manner, file_names
+from lightning_hybrid.data.reading import Format, Manner, Paths, file_names
 from lightning_hybrid.data.recognition import Recogniser, Task, schema_problem
 from lightning_hybrid.data.tokenizing import LengthRule, TooLong
 from lightning_hybrid.errors import ConfigError
@@ -17,10 +17,8 @@ from lightning_hybrid.errors import ConfigError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Paths = str | Sequence[str]
-
-# Neither changes an example: where files stand, and how batches are made of what is in them.
-_SHAPELESS = {"path", "validation_path", "tokenizer", "batch_size", "num_workers", "trainer"}
+# None changes an example: where files stand, and how batches are made of what is in them.
+_SHAPELESS = {"path", "validation_path", "template", "tokenizer", "batch_size", "num_workers", "trainer"}
 
 
 class CommonArguments(TypedDict, total=False):
@@ -134,7 +132,8 @@ class ToldDataModule(LightningDataModule):
         return self.tokenizer
 
     def _rule(self, reserve: int = 0) -> LengthRule:
-        limit = getattr(self._module(), "max_positions", None) if self.max_length is None else self.max_length
+        limits = self.max_length, getattr(self._module(), "max_positions", None)
+        limit = min((limit for limit in limits if limit is not None), default=None)
         return LengthRule(limit, self.too_long, reserve)
 
     def _module(self) -> Any:

@@ -17,12 +17,12 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_hybrid.data.checking import Dropped, Problems, Tally, gathered, say
-from lightning_hybrid.data.datamodules.arguments import CommonArguments, Paths, ToldDataModule
+from lightning_hybrid.data.datamodules.arguments import CommonArguments, ToldDataModule
 from lightning_hybrid.data.dealing import DealtOrder
 from lightning_hybrid.data.fingerprint import Files, Fingerprint, digest_of_rows, read_alike, refuse_other_data
 from lightning_hybrid.data.ids import report_ids
 from lightning_hybrid.data.mixing import Joined, Order, describe_mixture, refuse_empty_source
-from lightning_hybrid.data.reading import Row, file_names, file_of, read_rows
+from lightning_hybrid.data.reading import Paths, Row, file_names, file_of, read_rows
 from lightning_hybrid.data.recognition import Recogniser
 from lightning_hybrid.data.splitting import Identified, refuse_empty_side, split_by_hash
 from lightning_hybrid.data.streaming import StreamedDataset, Survey
@@ -59,8 +59,8 @@ class TextDataModule(ToldDataModule, Generic[Example]):
         """Tell an item its index in the data set, where it wants to know."""
         return item
 
-    def _refuse_size(self, count: int, source: str) -> None:
-        """Raise where there are too few rows to train on."""
+    def _refuse_training_on(self, dataset: Any, source: str) -> None:
+        """Raise where nothing can be learned of the items of a data set."""
 
     @abstractmethod
     def _collator(self) -> Callable[[Any], Any]:
@@ -102,11 +102,12 @@ class TextDataModule(ToldDataModule, Generic[Example]):
         datasets = self._datasets(parts, names, training=True)
         if self.mix is not None:
             refuse_empty_source(names, datasets)
-        self._train = self._joined(datasets)
-        order = self._order(self._train)
+        train = self._joined(datasets)
+        order = self.order(train)
         if self.mix is not None and isinstance(order, Order):
             say(describe_mixture(names, order))
-        self._refuse_size(sum(len(dataset) for dataset in datasets), source)
+        self._refuse_training_on(train, source)
+        self._train = train
         return {"files": self._files, "arguments": self._shape()}
 
     def _datasets(self, parts: Sequence[Any], names: Sequence[str], *, training: bool) -> list[Any]:
@@ -115,12 +116,10 @@ class TextDataModule(ToldDataModule, Generic[Example]):
     def _joined(self, datasets: list[Any]) -> Any:
         return datasets[0] if len(datasets) == 1 else Joined(datasets, self._placed)
 
-    def _order(self, dataset: Any) -> DealtOrder | None:
-        """The order of training and this rank's share of it; None where any order of all rows will do."""
+    def order(self, dataset: Any) -> DealtOrder:
+        """The order of training, and this rank's share of it; Lightning's own would go by another seed than ours."""
         parts = dataset.parts if isinstance(dataset, Joined) else [dataset]
         blocks = [getattr(part, "blocks", [len(part)]) for part in parts]
-        if self.mix is None and all(len(sizes) == 1 for sizes in blocks):
-            return None
         return Order(blocks, self.mix, self.seed, self._epoch, *self._ranks())
 
     def _examples_in_memory(self) -> tuple[list[list[Example]], list[list[Example]]]:
@@ -164,6 +163,7 @@ class TextDataModule(ToldDataModule, Generic[Example]):
         sides = survey.streams(names, self._manner(), limit, fraction, limit_each=self.mix is not None)
         recogniser.report()
         self._files += survey.files
+        self.dropped += survey.dropped
         return sides
 
     def _settled(self) -> Self:
@@ -189,7 +189,7 @@ class TextDataModule(ToldDataModule, Generic[Example]):
         return self._placed(item, index)
 
     def train_dataloader(self) -> DataLoader[Any]:
-        """Return the training batches, shuffled by the seed; Lightning gives each rank its share."""
+        """Return this rank's share of the training batches, shuffled by the seed and the number of the epoch."""
         self.setup()
         return self._loader(self._train, training=True)
 
@@ -219,13 +219,11 @@ class TextDataModule(ToldDataModule, Generic[Example]):
         return examples
 
     def _loader(self, dataset: Any, *, training: bool) -> DataLoader[Any]:
-        order = self._order(dataset) if training else None
         return DataLoader(
             dataset,
             batch_size=self.batch_size,
-            shuffle=training and order is None,
-            sampler=order,
-            # Of its own also where nothing is shuffled: each pass draws a number, which training must not miss.
+            sampler=self.order(dataset) if training else None,
+            # Of its own: each pass draws a number, which training must not miss.
             generator=torch.Generator().manual_seed(self.seed),
             num_workers=self.num_workers,
             collate_fn=self._collator(),

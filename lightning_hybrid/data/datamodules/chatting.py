@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Any, TypeVar, Unpack, get_args
 
 from lightning_hybrid.data.balancing import LikeLengths, lengths_of
 from lightning_hybrid.data.checking import Dropped
-from lightning_hybrid.data.datamodules.arguments import CommonArguments, Paths, check_choice
+from lightning_hybrid.data.datamodules.arguments import CommonArguments, check_choice
 from lightning_hybrid.data.datamodules.base import TextDataModule
 from lightning_hybrid.data.dealing import DealtOrder
 from lightning_hybrid.data.encoding import AnswerEncoder
+from lightning_hybrid.data.reading import Paths
 from lightning_hybrid.data.splitting import Identified
 from lightning_hybrid.data.templates import SystemTurns, use_template
 from lightning_hybrid.errors import ConfigError
@@ -114,9 +115,10 @@ class AnswerDataModule(ChatDataModule[Example]):
             refuse_row_groups(dataset, "balance")
         return dataset
 
-    def _order(self, dataset: Any) -> DealtOrder | None:
+    def order(self, dataset: Any) -> DealtOrder:
+        """The order of training, and this rank's share of it."""
         if not self.balance:
-            return super()._order(dataset)
+            return super().order(dataset)
         return LikeLengths(lengths_of(dataset), self.batch_size, self.seed, self._epoch, *self._ranks())
 
 

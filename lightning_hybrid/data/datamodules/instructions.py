@@ -8,7 +8,6 @@ from typing import Any, Unpack
 
 from lightning_hybrid.data import packing, schemas
 from lightning_hybrid.data.checking import Problems, pad_id
-from lightning_hybrid.data.datamodules.arguments import Paths
 from lightning_hybrid.data.datamodules.chatting import AnswerArguments, AnswerDataModule, refuse_row_groups
 from lightning_hybrid.data.encoding import EncodedText
 from lightning_hybrid.data.instructions import (
@@ -18,7 +17,7 @@ from lightning_hybrid.data.instructions import (
     encode_instructions,
     read_instructions,
 )
-from lightning_hybrid.data.reading import Row
+from lightning_hybrid.data.reading import Paths, Row
 from lightning_hybrid.data.recognition import Recogniser
 from lightning_hybrid.errors import ConfigError
 
@@ -40,7 +39,7 @@ class InstructionDataModule(AnswerDataModule[Instruction | Dialogue]):
         validation_fraction: Share of the rows kept for validation, chosen by a hash of the row.
         validation_path: File or files for validation instead.
         num_workers: Processes that collate batches.
-        max_length: Most tokens of a row; ``None``: the positions of the model that is trained.
+        max_length: Most tokens of a row; ``None``, or more than the model that is trained has positions: those.
         too_long: What happens to longer rows: ``drop`` (counted), ``truncate`` (the end), ``error``.
         schema: What the columns mean; ``auto`` tells by their names, ``keys`` goes by the arguments that name columns.
         mix: Shares of the paths in what is drawn, one for each; ``None``: every row once.

@@ -8,10 +8,11 @@ from typing import Any, Literal, Unpack, get_args
 
 from lightning_hybrid.data import preferences, schemas
 from lightning_hybrid.data.checking import Problems, pad_id
-from lightning_hybrid.data.datamodules.arguments import Paths, check_choice, check_positive
+from lightning_hybrid.data.datamodules.arguments import check_choice, check_positive
 from lightning_hybrid.data.datamodules.chatting import AnswerArguments, AnswerDataModule
-from lightning_hybrid.data.reading import Row
+from lightning_hybrid.data.reading import Paths, Row
 from lightning_hybrid.data.recognition import Recogniser
+from lightning_hybrid.data.reward_texts import Form, RewardTexts, form_of
 from lightning_hybrid.errors import ConfigError, DataError
 
 Pairing = Literal["rows", "labels"]
@@ -60,6 +61,8 @@ class PreferenceDataModule(AnswerDataModule[preferences.Preference | preferences
         check_positive("pairs", pairs)
         if pairing == "labels" and self.balance:
             raise ConfigError("balance needs pairs whose lengths are known beforehand: unset it, or pairing=rows")
+        if pairs is not None and self.mix is not None:
+            raise ConfigError("pairs and mix both decide how long an epoch is: unset pairs, or mix")
         self.chosen_key = chosen_key
         self.rejected_key = rejected_key
         self.prompt_key = prompt_key
@@ -67,6 +70,12 @@ class PreferenceDataModule(AnswerDataModule[preferences.Preference | preferences
         self.pairing: Pairing = pairing
         self.pairs = pairs
         self._validation_texts: list[preferences.LabelledText] = []
+        self._forms: set[Form] = set()
+
+    def keep_reward_texts(self) -> None:
+        """Note in the tokenizer how texts became token ids, for what a reward model that learned from them scores."""
+        self.setup()
+        RewardTexts(sorted(self._forms), self.add_eos, self.bos, self.chat, self.system).keep(self._tokens())
 
     def validation_texts(self) -> tuple[list[str], list[str]]:
         """Return the positive and the negative texts kept for validation, to be scored once each over all pairs.
@@ -91,13 +100,16 @@ class PreferenceDataModule(AnswerDataModule[preferences.Preference | preferences
         self, rows: Sequence[Row], recogniser: Recogniser, problems: Problems
     ) -> list[preferences.Preference | preferences.LabelledText]:
         if self.pairing == "labels":
+            self._forms.add("whole")
             return [*preferences.read_labelled(rows, problems)]
         keys = (self.chosen_key, self.rejected_key, self.prompt_key, self.margin_key)
 
         def by_keys(rows: Sequence[Row]) -> list[preferences.Preference]:
             return preferences.read_preferences(rows, *keys, problems)
 
-        return [*schemas.preferences_of(rows, recogniser, by_keys, self.margin_key, problems)]
+        found = schemas.preferences_of(rows, recogniser, by_keys, self.margin_key, problems)
+        self._forms |= {form_of(example.prompt, self.chat) for example in found}
+        return [*found]
 
     def _dataset(self, examples: Any, source: str, *, training: bool) -> Any:
         if self.pairing == "labels":

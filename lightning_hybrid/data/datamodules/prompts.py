@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, Self, Unpack
 
 from lightning_hybrid.data import prompts, schemas
 from lightning_hybrid.data.checking import Problems
-from lightning_hybrid.data.datamodules.arguments import Paths, check_positive
+from lightning_hybrid.data.datamodules.arguments import check_positive
 from lightning_hybrid.data.datamodules.chatting import ChatArguments, ChatDataModule
-from lightning_hybrid.data.reading import Row
+from lightning_hybrid.data.reading import Paths, Row, file_of
 from lightning_hybrid.data.recognition import Recogniser
 from lightning_hybrid.errors import ConfigError, DataError
 
@@ -51,13 +52,24 @@ class PromptDataModule(ChatDataModule[prompts.Prompt]):
         self.prompt_key = prompt_key
         self.first_words = first_words
         self.max_new_tokens = max_new_tokens
+        self._columns: dict[str, dict[str, None]] = {}
+
+    @property
+    def columns(self) -> dict[str, list[str]]:
+        """The columns beside the prompt that rows of each file have, by its name; known once the data is set up."""
+        return {name: [*columns] for name, columns in self._columns.items()}
 
     def _examples(self, rows: Sequence[Row], recogniser: Recogniser, problems: Problems) -> list[prompts.Prompt]:
         def by_keys(rows: Sequence[Row]) -> list[prompts.Prompt]:
             return prompts.read_prompts(rows, self.prompt_key, problems)
 
         found = schemas.prompts_of(rows, recogniser, by_keys, problems)
-        return found if self.first_words is None else prompts.cut_to_first_words(found, self.first_words, problems)
+        if self.first_words is not None:
+            found = prompts.cut_to_first_words(found, self.first_words, problems)
+        found = [prompts.with_turns(example, self.chat, problems) for example in found]
+        for example in found:
+            self._columns.setdefault(file_of(example.where), {}).update(dict.fromkeys(example.fields))
+        return found
 
     def _encode(self, examples: Sequence[prompts.Prompt], source: str) -> list[prompts.EncodedPrompt]:
         rule = self._rule(reserve=self._reserve())
@@ -75,11 +87,11 @@ class PromptDataModule(ChatDataModule[prompts.Prompt]):
     def _placed(self, item: prompts.EncodedPrompt, index: int) -> prompts.EncodedPrompt:
         return replace(item, index=index)
 
-    def _refuse_size(self, count: int, source: str) -> None:
+    def _refuse_training_on(self, dataset: Any, source: str) -> None:
         ranks = self.trainer.world_size if self.trainer is not None else 1
-        if count < self.batch_size * ranks:
+        if len(dataset) < self.batch_size * ranks:
             raise DataError(
-                f"{source} gives {count:,} prompts, fewer than one batch: batch_size {self.batch_size} × "
+                f"{source} gives {len(dataset):,} prompts, fewer than one batch: batch_size {self.batch_size} × "
                 f"{ranks} ranks = {self.batch_size * ranks}; lower batch_size or add prompts"
             )
 
@@ -89,4 +101,5 @@ class PromptDataModule(ChatDataModule[prompts.Prompt]):
         return int(configured if self.max_new_tokens is None else self.max_new_tokens)
 
     def _collator(self) -> Callable[[Any], Any]:
-        return prompts.collate_prompts
+        every = dict.fromkeys(name for columns in self._columns.values() for name in columns)
+        return partial(prompts.collate_prompts, columns=[*every])

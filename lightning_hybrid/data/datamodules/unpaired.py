@@ -8,10 +8,9 @@ from typing import Any, Unpack
 
 from lightning_hybrid.data import schemas, unpaired
 from lightning_hybrid.data.checking import Problems, pad_id
-from lightning_hybrid.data.datamodules.arguments import Paths
 from lightning_hybrid.data.datamodules.chatting import AnswerArguments, AnswerDataModule
 from lightning_hybrid.data.preferences import LabelledResponse, TextEncoder
-from lightning_hybrid.data.reading import Row
+from lightning_hybrid.data.reading import Paths, Row
 from lightning_hybrid.data.recognition import Recogniser
 
 
@@ -60,11 +59,8 @@ class UnpairedDataModule(AnswerDataModule[LabelledResponse]):
         encoder = TextEncoder(self._answers(add_eos=self.add_eos), self._rule())
         return unpaired.encode_unpaired(examples, encoder, self._count_dropped(source, examples))
 
-    def _dataset(self, examples: Any, source: str, *, training: bool) -> Any:
-        responses = super()._dataset(examples, source, training=training)
-        if training and isinstance(responses, list) and self.mix is None:
-            unpaired.refuse_one_label(responses, source)
-        return responses
+    def _refuse_training_on(self, dataset: Any, source: str) -> None:
+        unpaired.refuse_one_label(dataset, source)
 
     def _collator(self) -> Callable[[Any], Any]:
         return partial(unpaired.collate_unpaired, fill=pad_id(self._tokens()))
