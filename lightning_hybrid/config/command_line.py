@@ -32,6 +32,7 @@ _PLUGINS = {
     },
     "hydra/sweeper": {"basic": ("hydra", "hydra-core"), "optuna": ("optuna", "optuna")},
 }
+_NAMED = re.compile(r"^name: ", re.MULTILINE)  # as PPO's algorithms are
 _MEMORY_PLAN = "plan"  # takes what ppo takes
 _ONLINE = "ppo"
 
@@ -55,8 +56,8 @@ def force(override: str, conf: Path) -> str:
     return f"++{override}"
 
 
-def find_problem(arguments: Sequence[str], conf: Path) -> str | None:
-    """A choice that there is not, with the nearest one, or a plugin of Hydra that is not installed; None if neither."""
+def find_problem(config_name: str, arguments: Sequence[str], conf: Path) -> str | None:
+    """A choice that a recipe has not, or a plugin of Hydra that is not installed, and what to do; None if neither."""
     options = _options(arguments)
     if options.config_dir or options.config_path or any(text.startswith("hydra.searchpath=") for text in arguments):
         return None  # there may be other choices
@@ -65,7 +66,8 @@ def find_problem(arguments: Sequence[str], conf: Path) -> str | None:
         if match and match[1] in _PLUGINS:
             problem = _missing_plugin(match[1], override.partition("=")[2])
         elif match and (conf / match[1]).is_dir():
-            problem = _missing_choice(match[1], _values(override), conf)
+            values = _values(override)
+            problem = _missing_choice(match[1], values, conf) or _foreign_choice(config_name, match[1], values, conf)
         else:
             continue
         if problem:
@@ -99,7 +101,7 @@ def show(config_name: str, arguments: Sequence[str], conf: Path) -> None:
     try:
         hydra.main(version_base=HYDRA_VERSION, config_path=str(conf), config_name=config_name)(_do_nothing)()
     except (HydraException, OmegaConfBaseException, ValueError) as error:
-        sys.stderr.write(f"error: {find_problem(arguments, conf) or error}\n")
+        sys.stderr.write(f"error: {find_problem(config_name, arguments, conf) or error}\n")
         sys.exit(2)
 
 
@@ -193,6 +195,21 @@ def _missing_choice(group: str, values: Iterable[str], conf: Path) -> str | None
     return None
 
 
+def _foreign_choice(config_name: str, group: str, values: Iterable[str], conf: Path) -> str | None:
+    """What to say about an algorithm or experiment of another recipe; None for one that does not say whose it is."""
+    own = _choices_for(config_name, group, conf)
+    if group not in ("algorithm", "experiment") or not own:
+        return None
+    for value in values:
+        recipe = _recipe_of(value, conf)
+        known = recipe != _ONLINE or _NAMED.search((conf / group / f"{value}.yaml").read_text(encoding="utf-8"))
+        if known and value not in own:
+            return (
+                f"{group}={value} is for lightning-hybrid {recipe}, not for {config_name}, which has: {', '.join(own)}"
+            )
+    return None
+
+
 def _values(override: str) -> list[str]:
     """The choices that an override names, several in a sweep; none where it names null or a pattern."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -228,11 +245,11 @@ def _choices_for(config_name: str, group: str, conf: Path) -> list[str]:
     choices = choices_of(group, conf)
     if group not in ("algorithm", "experiment"):
         return choices
-    return [choice for choice in choices if _belongs(choice, config_name, conf)]
-
-
-def _belongs(choice: str, config_name: str, conf: Path) -> bool:
-    """Algorithms and experiments are named after their recipe, or are PPO's."""
     recipe = _ONLINE if config_name == _MEMORY_PLAN else config_name
+    return [choice for choice in choices if _recipe_of(choice, conf) == recipe]
+
+
+def _recipe_of(choice: str, conf: Path) -> str:
+    """Algorithms and experiments are named after their recipe, or are PPO's."""
     name = choice.rpartition("/")[2]
-    return (name if (conf / f"{name}.yaml").is_file() else _ONLINE) == recipe
+    return name if (conf / f"{name}.yaml").is_file() else _ONLINE

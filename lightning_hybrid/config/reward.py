@@ -43,7 +43,7 @@ class ClassifierConfig(Settings):
     output: Literal["logit", "probability", "log_odds"] = "logit"
     """the label's logit, its probability, or log(probability / (1 - probability))"""
     template: str = "{prompt}{response}"
-    """the text that is judged; chat for the template of the classifier's own tokenizer"""
+    """the text that is judged; chat for the template of the classifier's own tokenizer, around the turns of a prompt"""
     batch_size: PositiveInt = 32
     """texts of one forward pass"""
 
@@ -174,7 +174,8 @@ class RewardSourceConfig(RewardTermConfig):
     terms: dict[TermName, WeightedTermConfig] = Field(default_factory=dict)
     """several sources by name, each with a weight: the score is their weighted sum; each is logged as reward/<name>"""
     cache: bool | str = False
-    """keep scores, so that the same prompt and response are judged once: true in memory, or the path of a file"""
+    """keep scores, so that the same prompt and response are judged once: true in memory, or the path of a file, which \
+is to be deleted when what a function imports has changed"""
 
 
 def longest_seconds(config: RewardSourceConfig) -> float:

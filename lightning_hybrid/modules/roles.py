@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning_hybrid.algorithms import OnlineConfig
 from lightning_hybrid.config import TrainedRoleConfig
-from lightning_hybrid.data import check_tokenizer
+from lightning_hybrid.data import PromptDataModule, check_tokenizer
 from lightning_hybrid.errors import ConfigError
 from lightning_hybrid.models import (
     Policy,
@@ -20,7 +21,7 @@ from lightning_hybrid.models import (
     set_dropout,
 )
 from lightning_hybrid.models.adapters import AdaptersOff, has_adapter
-from lightning_hybrid.rewards import LearnedReward, Reward, RewardCallable, RewardFunction, load_learned
+from lightning_hybrid.rewards import LearnedReward, Reward, RewardCallable, RewardFunction, check_fields, load_learned
 from lightning_hybrid.rl import AdaptiveKLController, FixedKLController, KLController
 
 if TYPE_CHECKING:
@@ -58,6 +59,21 @@ def make_reward(
         reward = RewardFunction(reward)
     models = {f"reward_model_{term}" if term else "reward_model": model for term, model in reward.models.items()}
     return models, reward
+
+
+def check_columns(reward: Reward, data: Any) -> None:
+    """Refuse, before training and on all ranks, a reward that asks for a column which some of the data has nowhere.
+
+    Args:
+        reward: any.
+        data: what the trainer was given; other than a :class:`~lightning_hybrid.data.PromptDataModule` that has been
+            set up, it does not tell.
+
+    Raises:
+        ConfigError: naming the column and the file.
+    """
+    for source, columns in data.columns.items() if isinstance(data, PromptDataModule) else ():
+        check_fields(reward, columns, source)
 
 
 def make_critic(
@@ -100,14 +116,21 @@ def make_reference(
     return AdaptersOff(actor) if has_adapter(actor) else copy.deepcopy(actor)
 
 
-def check_given(config: OnlineConfig, critic: Any, reference: Any, ptx: Any) -> None:
+def check_given(config: OnlineConfig, of_critic: Mapping[str, Any], reference: Any, ptx: Any) -> None:
     """Refuse what an algorithm has no use for, and the lack of what it needs.
+
+    Args:
+        config: of the algorithm.
+        of_critic: arguments about a critic, by name; None, or settings as they are by default, where not given.
+        reference: as given.
+        ptx: as given.
 
     Raises:
         ConfigError: naming the argument and the setting.
     """
-    if critic is not None and not config.critic:
-        raise ConfigError(f"critic was given, but {config.name!r} has none: leave it out, or use PPOConfig")
+    for name, value in of_critic.items():
+        if value not in (None, TrainedRoleConfig()) and not config.critic:
+            raise ConfigError(f"{name} was given, but {config.name!r} has no critic: leave it out, or use PPOConfig")
     if reference is not None and not config.reference:
         raise ConfigError(
             f"reference was given, but {type(config).__name__} has reference=False: set it, or leave it out"
@@ -122,7 +145,10 @@ def prepare_for_training(model: Policy | ScalarModel, role: TrainedRoleConfig) -
     set_dropout(model, role.dropout)
     if role.gradient_checkpointing:
         # The other kind needs an input that requires gradients, which token ids do not.
-        model.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        inner = model.model
+        # The second name is the older one.
+        enable = getattr(inner, "activation_checkpointing_enable", None) or inner.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
 
 
 def make_kl_controller(config: OnlineConfig) -> KLController:

@@ -6,13 +6,12 @@ import copy
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
 from lightning_hybrid.engines import is_sharded
-from lightning_hybrid.engines.agreement import on_every_rank
+from lightning_hybrid.engines.agreement import of_all_ranks, on_every_rank
 from lightning_hybrid.modules.text import decode_responses
-from lightning_hybrid.rl import RunningMoments
+from lightning_hybrid.rl import RunningMoments, moments
 from lightning_hybrid.rollout import Rollout
 
 if TYPE_CHECKING:
@@ -49,10 +48,7 @@ def reward_scores(
 
 def moments_with(module: PPOModule, scores: Tensor) -> RunningMoments:
     """The module's running moments with the scores of all ranks taken in; the module's own stay as they are."""
-    scores = scores.double()
-    sums = torch.stack([scores.new_tensor(len(scores)), scores.sum(), scores.square().sum()])
-    count, total, squares = module.sum_over_ranks(sums).tolist()
-    mean = total / count
-    moments = copy.copy(module.score_moments)
-    moments.update(count, mean, max(squares - count * mean**2, 0.0))
-    return moments
+    merged = copy.copy(module.score_moments)
+    for of_rank in of_all_ranks(moments(scores).tolist()):
+        merged.update(*of_rank)
+    return merged

@@ -30,11 +30,13 @@ class Reward(ABC):
         needed_fields: columns of the data without which it cannot be called.
         models: reward models that engines may run, by the name of their term; alone, the name is empty.
         replicas: models that no engine runs, which every rank holds whole.
+        lasting: whether its identity stands for the same scores in another run, too.
         figures: of the last call, each ``[batch]`` float32 on the CPU with a mean worth logging, by their names.
     """
 
     name = "reward"
     needed_fields: frozenset[str] = frozenset()
+    lasting = True
 
     def __init__(self) -> None:
         self.replicas: tuple[nn.Module, ...] = ()

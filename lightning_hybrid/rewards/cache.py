@@ -119,12 +119,22 @@ class CachedReward(Reward):
     Args:
         reward: one without reward models in engines, in which all ranks must take part in each forward pass.
         store: where the scores are kept.
+
+    Raises:
+        ConfigError: The reward has models in engines; or the store is a file, and the reward is a function that cannot
+            be known again in it.
     """
 
     def __init__(self, reward: Reward, store: Store) -> None:
         super().__init__()
         if reward.models:
             raise ConfigError(f"reward {reward.name!r} asks reward models in engines, which cannot be cached")
+        if isinstance(store, FileStore) and not reward.lasting:
+            raise ConfigError(
+                f"reward.cache = {str(store.path)!r} cannot know reward {reward.name!r} again in another run: it is no "
+                "function that a module holds under its own name, but a closure, a lambda, an object or the like; "
+                "write it as def at the top level of a module, or set reward.cache=true"
+            )
         self.reward = reward
         self.store = store
         self.name = reward.name

@@ -33,7 +33,8 @@ class UserFunction:
     - Its first two parameters are lists of prompts and responses, whatever they are called; but a function of
       ``prompt`` and ``response`` is called for one sample at a time, with texts.
     - Further parameters are columns of the data by their names: lists, or one value where it takes one sample. One with
-      a default is left at that where there is no such column; ``**fields`` takes all columns.
+      a default is left at that where there is no such column; ``**fields`` takes all columns. Where prompts are
+      conversations there is one more, ``prompt_turns``: of each its turns, a list of ``role`` and ``content``.
     - ``async def`` runs in an event loop that lasts as long as this object, so that a client opened in one call serves
       the next; of those that take one sample, 32 wait at a time.
 

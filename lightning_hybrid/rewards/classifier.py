@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from lightning_hybrid.config import ClassifierConfig
+from lightning_hybrid.data.templates import TURNS, turns_in
 from lightning_hybrid.errors import ConfigError
 from lightning_hybrid.models import ScalarModel, load_tokenizer, max_positions
 from lightning_hybrid.models.loading import why_not_loaded
 from lightning_hybrid.rewards.base import Fields, Reward
 from lightning_hybrid.rewards.learned import LearnedReward, check_finite, check_length
-from lightning_hybrid.rewards.templates import TemplateEncoder
+from lightning_hybrid.rewards.templates import CHAT, TemplateEncoder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -50,6 +51,10 @@ class ClassifierReward(Reward):
             raise ConfigError(f"the tokenizer of the classifier '{config.path}' has no pad token: set one and save it")
         model.config.pad_token_id = tokenizer.pad_token_id  # by which decoder families find the last token
 
+    def columns_read(self, fields: Fields | None) -> frozenset[str]:
+        """The turns of prompts, which a chat template takes."""
+        return frozenset({TURNS} & {*(fields or {})} if self.config.template == CHAT else ())
+
     def identity(self) -> str:
         """Its settings, and names, sizes and times of the files in its folder."""
         folder = Path(self.config.path).expanduser()
@@ -64,13 +69,14 @@ class ClassifierReward(Reward):
         Raises:
             RewardError: if a text has more tokens than the classifier has positions, or its score is not finite.
         """
-        encoded = self.encoder(prompts, responses)
+        turns = turns_in(fields, len(prompts))
+        encoded = self.encoder(prompts, responses, turns)
         for row, ids in enumerate(encoded):
             check_length(row, len(ids), self.limit)
         size = self.config.batch_size
         batches = [self._logits(encoded[start : start + size]) for start in range(0, len(encoded), size)]
         scores = self._output(torch.cat(batches)) if batches else torch.zeros(0)
-        check_finite(scores, lambda row: self.encoder.text(prompts[row], responses[row]))
+        check_finite(scores, lambda row: self.encoder.text(prompts[row], responses[row], turns[row]))
         return scores
 
     def _logits(self, ids: list[list[int]]) -> Tensor:

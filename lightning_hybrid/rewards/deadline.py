@@ -92,7 +92,7 @@ class EventLoop:
 
         Raises:
             TookTooLong: Time was up. The coroutine is cancelled; the next call has a new loop, as this one may hang.
-            BaseException: What the coroutine raised.
+            BaseException: What the coroutine raised; or an interrupt of the caller, which cancels it, too.
         """
         future: Future[T] = Future()
         settings = _torch_settings()
@@ -107,10 +107,14 @@ class EventLoop:
                 future.set_result(result)
 
         task = asyncio.run_coroutine_threadsafe(work(), self._loop())
-        wait([future], timeout=seconds)
-        if not future.done():
-            task.cancel()
-            self._running = None
+        ended = False
+        try:
+            ended = bool(wait([future], timeout=seconds).done)
+        finally:
+            if not ended:
+                task.cancel()
+                self._running = None
+        if not ended:
             raise TookTooLong
         return future.result()
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import operator
+import sys
 import time
+import uuid
 from collections.abc import Callable, Collection, Mapping, Set
 from pathlib import Path
 from typing import Any
@@ -63,6 +66,9 @@ class RewardFunction(Reward):
             check_seconds(f"reward {self.name!r}", timeout_seconds)
         self.timeout_seconds = timeout_seconds
         self._user = UserFunction(function, self.name)
+        self._place = _place(function)
+        self._own = uuid.uuid4().hex
+        self.lasting = self._place is not None
         self.needed_fields = self._user.needed
 
     def columns_read(self, fields: Fields | None) -> frozenset[str]:
@@ -70,15 +76,8 @@ class RewardFunction(Reward):
         return self._user.reads(fields)
 
     def identity(self) -> str:
-        """The function's name, and the content of the file that defines it."""
-        function = inspect.unwrap(self.function)
-        try:
-            source = inspect.getsourcefile(function if inspect.isroutine(function) else type(function))
-            content = Path(source or "").read_bytes()
-        except (TypeError, OSError):  # builtins, and what was typed into a console
-            content = b""
-        module = getattr(function, "__module__", "")
-        return f"{super().identity()} of {module} {hashlib.sha256(content).hexdigest()}"
+        """Where the function stands, and the content of that file; this object, where it stands in none by its name."""
+        return f"{super().identity()} of {self._place or self._own}"
 
     def prepare(self, prompts: list[str], responses: list[str], fields: Fields | None = None) -> Tensor:
         """The scores.
@@ -174,6 +173,21 @@ class RewardFunction(Reward):
         if not is_score(value):
             raise RewardError(f"{problem}: return a finite number that float32 can hold")
         return float(value)
+
+
+def _place(function: RewardCallable) -> str | None:
+    """Module, name and content of the file by which a function is known again; None where its scores depend on more.
+
+    So do those of a closure, a partial function or an object, which hold values of their own; and of what was typed
+    into a console nobody knows the text.
+    """
+    try:
+        module, name = function.__module__, function.__qualname__
+        found = operator.attrgetter(name)(sys.modules.get(module))
+        content = Path(inspect.getsourcefile(inspect.unwrap(function)) or "").read_bytes()
+    except (AttributeError, TypeError, OSError):
+        return None
+    return f"{module}:{name} {hashlib.sha256(content).hexdigest()}" if found is function else None
 
 
 def _plain(value: Any) -> Any:

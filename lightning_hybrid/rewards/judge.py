@@ -54,7 +54,8 @@ class Judge:
         """
         process = self._started()
         try:
-            answer = self._exchange(process, json.dumps(question).encode() + b"\n", seconds)
+            line = json.dumps({**question, "seconds": seconds}).encode() + b"\n"
+            answer = self._exchange(process, line, seconds)
         except BaseException:  # also an interrupt, whose answer would be taken for that of the next question
             self.stop()
             raise

@@ -19,6 +19,7 @@ from functools import lru_cache
 from typing import Any
 
 MEMORY = 4 * 2**30  # bytes of address space, beyond which an expression has failed
+GRACE = 1.0  # seconds after which this process ends itself where nobody has ended it
 GOLDS = 4096  # right answers that are kept parsed
 # A right answer that says itself where its mathematics is; any other is mathematics as a whole.
 _DELIMITED = re.compile(r"\$|\\boxed|\\\(|\\\[")
@@ -28,6 +29,7 @@ _PLAIN_NUMBER = re.compile(r"-?[$€£]?-?[0-9][0-9,]*(\.[0-9]+)?%?|-?[0-9]+/[0-
 def main(kind: str) -> None:
     """Answer until the questions end."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the keyboard is for the run
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)  # ends the process, whatever keeps the interpreter
     logging.disable()
     answers, sys.stdout = sys.stdout, sys.stderr  # whatever prints must not print between the answers
     judge = _prepared_math() if kind == "math" else _matches
@@ -35,22 +37,27 @@ def main(kind: str) -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     print(json.dumps({"ready": True}), file=answers, flush=True)
     for line in sys.stdin:
-        print(json.dumps(_answer(judge, json.loads(line))), file=answers, flush=True)
+        question = json.loads(line)
+        # Whoever asks ends this process when time is up, unless he was ended himself.
+        signal.setitimer(signal.ITIMER_REAL, question["seconds"] + GRACE)
+        answer = _answer(judge, question)
+        signal.setitimer(signal.ITIMER_REAL, 0.0)
+        print(json.dumps(answer), file=answers, flush=True)
 
 
-def _answer(judge: Callable[[dict[str, str]], bool | None], question: dict[str, str]) -> dict[str, Any]:
+def _answer(judge: Callable[[dict[str, Any]], bool | None], question: dict[str, Any]) -> dict[str, Any]:
     try:
         return {"right": judge(question)}
     except BaseException as error:  # of math-verify also time-outs, which are no Exception
         return {"failed": f"{type(error).__name__}: {str(error)[:100]}"}
 
 
-def _matches(question: dict[str, str]) -> bool:
+def _matches(question: dict[str, Any]) -> bool:
     """Whether a pattern matches a text from end to end."""
     return re.fullmatch(question["pattern"], question["response"], re.DOTALL) is not None
 
 
-def _prepared_math() -> Callable[[dict[str, str]], bool | None]:
+def _prepared_math() -> Callable[[dict[str, Any]], bool | None]:
     from math_verify import parse, verify
 
     # Its own limits are signals, which cannot end a power that is being computed: whoever asks ends this process.
@@ -59,7 +66,7 @@ def _prepared_math() -> Callable[[dict[str, str]], bool | None]:
 
     gold_of = lru_cache(GOLDS)(lambda gold: parse(_delimited(gold), **read))
 
-    def judge(question: dict[str, str]) -> bool | None:
+    def judge(question: dict[str, Any]) -> bool | None:
         gold = gold_of(question["gold"])
         if not gold:
             return None

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from lightning_hybrid.data.tokenizing import encode_texts, pad_batch, with_bos, with_eos
-from lightning_hybrid.errors import RewardError
+from lightning_hybrid.data.reward_texts import RewardTexts
+from lightning_hybrid.data.templates import Turns, turns_in
+from lightning_hybrid.data.tokenizing import pad_batch
+from lightning_hybrid.errors import DataError, RewardError
 from lightning_hybrid.models import ScalarModel, max_positions
 from lightning_hybrid.rewards.base import Fields, Reward
 
@@ -18,21 +21,23 @@ if TYPE_CHECKING:
 
 # Read in one forward pass, unless told otherwise.
 TEXTS_AT_ONCE = 32
-Encoder = Callable[[list[str], list[str]], list[list[int]]]
+Encoder = Callable[[list[str], list[str], list[Turns | None]], list[list[int]]]
 
 
 class LearnedReward(Reward):
-    """Score ``prompt + response`` with a reward model, tokenised by the reward model's own tokenizer.
+    """Score each prompt with its response by a reward model, tokenised by the reward model's own tokenizer.
 
-    The text gets a BOS and an EOS like the texts that the reward model was trained on, whether or not the response
-    ended by itself: endings are priced by ``missing_eos_penalty``, not by what the model thinks of a cut text.
+    The tokens are those that the text had in training, which the tokenizer knows of a model that was trained here: see
+    :class:`~lightning_hybrid.data.reward_texts.RewardTexts`. Where training texts ended with an EOS or the end of a
+    turn, so does the text, whether or not the response ended by itself: endings are priced by ``missing_eos_penalty``,
+    not by what the model thinks of a cut text.
 
     Args:
         model: the reward model.
         tokenizer: its tokenizer, which may differ from the policy's.
         batch_size: texts per forward pass.
-        encoder: from prompts and responses to token ids, for models that were trained on other texts, such as those of
-            a chat template.
+        encoder: from prompts, responses and the turns of prompts that have any to token ids, for models that were
+            trained on other texts.
     """
 
     def __init__(
@@ -44,7 +49,7 @@ class LearnedReward(Reward):
     ) -> None:
         super().__init__()
         self.models = {"": model}
-        self.encoder = encoder or self._encode_plainly
+        self.encoder = encoder or partial(RewardTexts.of(tokenizer).encode, tokenizer)
         self.model = model
         self.tokenizer = tokenizer
         self.name = type(model.model).__name__
@@ -52,8 +57,18 @@ class LearnedReward(Reward):
         self.limit = max_positions(model.config)
 
     def prepare(self, prompts: list[str], responses: list[str], fields: Fields | None = None) -> list[list[int]]:
-        """Token ids of each whole text; raises a RewardError where one has more than the model has positions."""
-        encoded = self.encoder(prompts, responses)
+        """Token ids of each whole text.
+
+        Raises:
+            RewardError: The chat template refuses a conversation, or one has more tokens than the model has positions.
+        """
+        try:
+            encoded = self.encoder(prompts, responses, turns_in(fields, len(prompts)))
+        except DataError as error:
+            raise RewardError(
+                f"reward model {self.name}: {error}\nto score the text as the policy is shown it, give the model as "
+                "reward.classifier with template '{prompt}{response}'"
+            ) from error
         for row, ids in enumerate(encoded):
             check_length(row, len(ids), self.limit)
         return encoded
@@ -77,11 +92,6 @@ class LearnedReward(Reward):
     def score_ids(self, ids: list[list[int]]) -> Tensor:
         """Score texts given as token ids, with their special tokens; ``[batch]`` float32 on the CPU."""
         return self.conclude(self.run(ids))
-
-    def _encode_plainly(self, prompts: list[str], responses: list[str]) -> list[list[int]]:
-        texts = [prompt + response for prompt, response in zip(prompts, responses, strict=True)]
-        encoded = encode_texts(self.tokenizer, texts)
-        return [with_eos(self.tokenizer, with_bos(self.tokenizer, ids)) for ids in encoded]
 
 
 def check_length(row: int, length: int, limit: int | None) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from lightning_hybrid.data.conversation import Turn
+from lightning_hybrid.data.templates import Turns, as_messages, as_turns
 from lightning_hybrid.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -17,9 +19,10 @@ class TemplateEncoder:
 
     Args:
         tokenizer: of the classifier.
-        template: ``"chat"``: prompt and response are a user's and an assistant's turn of the tokenizer's chat template,
-            which writes its special tokens itself. Else a text with ``{response}`` and perhaps ``{prompt}`` in it, to
-            which the tokenizer adds its special tokens.
+        template: ``"chat"``: prompt and response are turns of the tokenizer's chat template, which writes its special
+            tokens itself: those of the conversation that the prompt is, or one of the user, and one of the assistant.
+            Else a text with ``{response}`` and perhaps ``{prompt}`` in it, to which the tokenizer adds its special
+            tokens.
 
     Raises:
         ConfigError: if the tokenizer has no chat template where one is asked for.
@@ -34,18 +37,18 @@ class TemplateEncoder:
                 "write a template such as {prompt}{response}"
             )
 
-    def __call__(self, prompts: list[str], responses: list[str]) -> list[list[int]]:
-        """Token ids of each text, which may be longer than the model's positions."""
+    def __call__(self, prompts: list[str], responses: list[str], turns: list[Turns | None]) -> list[list[int]]:
+        """Token ids of each text, which may be longer than the model's positions; ``turns`` of those that have any."""
         if not responses:
             return []
-        texts = [self.text(prompt, response) for prompt, response in zip(prompts, responses, strict=True)]
+        texts = [self.text(*sample) for sample in zip(prompts, responses, turns, strict=True)]
         # verbose=False: the tokenizer's own remark on length would come before our error
         encoded = self.tokenizer(texts, add_special_tokens=self.template != CHAT, verbose=False)["input_ids"]
         return [list(ids) for ids in encoded]
 
-    def text(self, prompt: str, response: str) -> str:
+    def text(self, prompt: str, response: str, turns: Turns | None = None) -> str:
         """What is judged, without the special tokens that the tokenizer adds."""
         if self.template != CHAT:
             return self.template.format(prompt=prompt, response=response)
-        turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
-        return str(self.tokenizer.apply_chat_template(turns, tokenize=False))
+        messages = as_messages((*(turns or as_turns(prompt)), Turn("assistant", response)))
+        return str(self.tokenizer.apply_chat_template(messages, tokenize=False))

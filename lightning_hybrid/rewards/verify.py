@@ -72,7 +72,7 @@ class JudgedReward(Reward):
                 left = deadline - time.monotonic()
                 if left <= 0:
                     raise NotJudged(f"timeout_seconds of {self.timeout_seconds:g} for the batch was up")
-                scores[row] = self.is_right(response[-LONGEST:], gold, min(SECONDS_EACH, left))
+                scores[row] = self.is_right(response, gold, min(SECONDS_EACH, left))
             except (NotJudged, GoldUnreadable) as error:
                 why[row] = error
         self._refuse_useless_golds(golds, why)
@@ -132,14 +132,14 @@ class MathReward(JudgedReward):
 
     def is_right(self, response: str, gold: str, seconds: float) -> bool:
         """As math-verify says."""
-        right = self.judge.ask({"gold": gold, "response": response}, seconds)
+        right = self.judge.ask({"gold": gold, "response": response[-LONGEST:]}, seconds)
         if right is None:
             raise GoldUnreadable
         return right
 
 
 class FormatReward(JudgedReward):
-    """Whether a regular expression matches a whole response, in its last 10,000 characters; a dot matches line breaks.
+    """Whether a regular expression matches a whole response; a dot matches line breaks.
 
     Example:
         >>> reward = FormatReward(r"<think>.*</think>.*")
@@ -154,6 +154,10 @@ class FormatReward(JudgedReward):
         self.pattern = pattern
         self.judge = Judge("format")
 
+    def identity(self) -> str:
+        """With the pattern."""
+        return f"{super().identity()} {self.pattern}"
+
     def is_right(self, response: str, gold: str, seconds: float) -> bool:
         """Whether it matches."""
         return bool(self.judge.ask({"pattern": self.pattern, "response": response}, seconds))
@@ -163,8 +167,8 @@ class GSM8KReward(JudgedReward):
     """Whether a response ends in the right number, as GSM8K marks it (Cobbe et al. 2021).
 
     The right number stands behind ``####``, or is the last of the column's text. The response's is the one behind its
-    last ``####``, or else the last that it has. They are compared as numbers: ``1,234``, ``$1234`` and ``1234.00`` are
-    the same.
+    last ``####``, or else the last that it has, in its last 10,000 characters. They are compared as numbers: ``1,234``,
+    ``$1234`` and ``1234.00`` are the same.
     """
 
     def __init__(self, answer_key: str = "answer", timeout_seconds: float = 300.0) -> None:
@@ -172,7 +176,7 @@ class GSM8KReward(JudgedReward):
 
     def is_right(self, response: str, gold: str, seconds: float) -> bool:
         """As numbers."""
-        wanted, said = _answer(gold), _answer(response)
+        wanted, said = _answer(gold), _answer(response[-LONGEST:])
         if wanted is None:
             raise GoldUnreadable
         return said == wanted
@@ -207,6 +211,10 @@ class RepetitionPenalty(Reward):
     def __init__(self, ngram: int = 3) -> None:
         super().__init__()
         self.ngram = ngram
+
+    def identity(self) -> str:
+        """With the length of an n-gram."""
+        return f"{super().identity()} {self.ngram}"
 
     def prepare(self, prompts: list[str], responses: list[str], fields: Fields | None = None) -> Tensor:
         """The scores, ``[batch]`` float32 on the CPU."""

@@ -42,6 +42,7 @@ class WeightedRewards(Reward):
         self.terms = {name: reward for name, (_, reward) in terms.items()}
         self.needed_fields = frozenset().union(*(reward.needed_fields for reward in self.terms.values()))
         self.models = {name: model for name, reward in self.terms.items() for model in reward.models.values()}
+        self.lasting = all(reward.lasting for reward in self.terms.values())
         self.replicas = tuple(model for reward in self.terms.values() for model in reward.replicas)
         self.last_terms = {name: torch.zeros(0) for name in terms}
         self._note()

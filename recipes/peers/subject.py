@@ -80,7 +80,7 @@ class Source:
         """Prompts that suit the weights, and what ends a response."""
         tokenizer, vocab_size = self.tokenizer(), policy.config.vocab_size
         if self.path:
-            eos_ids = end_of_text_ids(policy, tokenizer)
+            eos_ids = end_of_text_ids(policy.model, tokenizer)
             return make_workload(story_prompts(count), tokenizer, max_new_tokens, eos_ids)
         texts = random_prompts(count, *self.prompt_tokens, vocab_size)
         return make_workload(texts, tokenizer, max_new_tokens, every_nth_id(vocab_size, max_new_tokens))

@@ -11,7 +11,17 @@ import torch
 
 from lightning_hybrid.config import RewardSourceConfig
 from lightning_hybrid.errors import ConfigError, RewardError
-from lightning_hybrid.rewards import CachedReward, GSM8KReward, MathReward, RewardFunction, WeightedRewards, reward_from
+from lightning_hybrid.rewards import (
+    CachedReward,
+    FormatReward,
+    GSM8KReward,
+    MathReward,
+    RepetitionPenalty,
+    RewardFunction,
+    WeightedRewards,
+    load_reward_function,
+    reward_from,
+)
 from lightning_hybrid.rewards.cache import FileStore, MemoryStore
 
 ASKED: list[str] = []
@@ -71,11 +81,66 @@ def test_figures_have_the_same_names_when_nothing_was_asked(store: Any) -> None:
     }
 
 
+def nothing(prompts: list[str], responses: list[str], answer: list[Any]) -> list[float]:
+    return [0.0] * len(responses)
+
+
 def test_rewards_do_not_see_each_others_scores(store: Any) -> None:
     long = CachedReward(RewardFunction(third), store)
-    short = CachedReward(RewardFunction(lambda prompts, responses, answer: [0.0] * len(responses)), store)
+    short = CachedReward(RewardFunction(nothing), store)
     assert long(["p"], ["a"], {"answer": ["1"]}).item() != 0
     assert short(["p"], ["a"], {"answer": ["1"]}).item() == 0
+    forms = [CachedReward(FormatReward(pattern), store) for pattern in ("a", "b")]
+    assert [form(["p"], ["a"]).item() for form in forms] == [1.0, 0.0]
+    loops = [CachedReward(RepetitionPenalty(ngram), store) for ngram in (1, 2)]
+    assert [loop(["p"], ["a a"]).item() for loop in loops] == [-0.5, 0.0]
+
+
+# Functions that hold values of their own, as a user's module may; their names are those of one another.
+HOLDING_VALUES = """
+from functools import partial
+
+def always(number):
+    def score(prompts, responses):
+        return [number] * len(responses)
+    return score
+
+class Always:
+    def __init__(self, number):
+        self.number = number
+    def __call__(self, prompts, responses):
+        return [self.number] * len(responses)
+
+def of(number, prompts, responses):
+    return [number] * len(responses)
+
+closure_1, closure_2 = always(1.0), always(2.0)
+object_1, object_2 = Always(1.0), Always(2.0)
+method_1, method_2 = Always(1.0).__call__, Always(2.0).__call__
+partial_1, partial_2 = partial(of, 1.0), partial(of, 2.0)
+lambda_1, lambda_2 = (lambda p, r: [1.0] * len(r)), (lambda p, r: [2.0] * len(r))
+"""
+
+
+@pytest.mark.parametrize("kind", ["closure", "object", "method", "partial", "lambda"])
+def test_functions_that_hold_values_share_no_scores_and_are_not_known_again_in_a_file(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "holding_values.py").write_text(HOLDING_VALUES)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    terms = {f"term_{n}": {"function": f"holding_values:{kind}_{n}"} for n in (1, 2)}
+    reward = reward_from(RewardSourceConfig(terms=terms, cache=True))
+    for _ in range(2):
+        assert reward(["p"], ["r"]).tolist() == [3.0]
+    assert reward.figures["term_1/cache_hits"].tolist() == [1.0]
+    store = MemoryStore()
+    functions = [load_reward_function(f"holding_values:{kind}_{n}") for n in (1, 2)]
+    assert [CachedReward(RewardFunction(f), store)(["p"], ["r"]).item() for f in functions] == [1.0, 2.0]
+    with pytest.raises(ConfigError, match=r"terms.term_1: reward.cache = .* write it as def at the top level"):
+        reward_from(RewardSourceConfig(terms=terms, cache=str(tmp_path / "scores.db")))
+    together = WeightedRewards({"a": (1.0, RewardFunction(third)), "b": (1.0, RewardFunction(functions[0]))})
+    with pytest.raises(ConfigError, match="cannot know reward 'terms' again in another run"):
+        CachedReward(together, FileStore(tmp_path / "scores.db"))
 
 
 def test_a_function_whose_file_changed_is_asked_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 import threading
 import time
 from functools import partial
@@ -218,6 +219,28 @@ def test_an_async_function_that_hangs_is_cancelled_and_the_next_call_works() -> 
     assert ended.wait(5)
     hang[0] = False
     assert reward(PROMPTS, RESPONSES).tolist() == [1.0, 1.0, 1.0]
+
+
+def test_an_async_function_is_cancelled_when_its_caller_is_interrupted() -> None:
+    begun, cancelled = threading.Event(), threading.Event()
+
+    async def score(prompts: list[str], responses: list[str]) -> list[float]:
+        begun.set()
+        try:
+            await asyncio.sleep(30)
+        except asyncio.CancelledError:
+            cancelled.set()
+            raise
+        return [1.0] * len(responses)
+
+    def interrupt() -> None:
+        begun.wait(10)
+        signal.raise_signal(signal.SIGINT)  # as from the keyboard; Python hands it to the main thread
+
+    threading.Thread(target=interrupt).start()
+    with pytest.raises(KeyboardInterrupt):
+        RewardFunction(score, timeout_seconds=20.0)(PROMPTS, RESPONSES)
+    assert cancelled.wait(5)
 
 
 def test_an_async_function_finds_the_callers_torch_settings() -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -13,6 +15,7 @@ import pytest
 from lightning_hybrid.errors import ConfigError, RewardError
 from lightning_hybrid.rewards import ExactReward, FormatReward, GSM8KReward, MathReward, RepetitionPenalty
 from lightning_hybrid.rewards.gsm8k import last_number, marked_number
+from tests.conftest import ROOT
 
 
 def gsm8k_answers(shared: Path) -> list[str]:
@@ -183,6 +186,44 @@ def test_exact_ignores_white_space_around() -> None:
 def test_a_format_must_match_from_end_to_end() -> None:
     responses = ["<think>a\nb</think> 5", " <think>a</think> 5", "<think>a</think>", "5"]
     assert FormatReward(r"<think>.*</think>.*")([""] * 4, responses).tolist() == [1.0, 0.0, 1.0, 0.0]
+
+
+def test_a_long_response_is_judged_as_a_whole_and_searched_at_its_end() -> None:
+    thought = f"<think>{'so it goes. ' * 2000}</think> 5"
+    assert FormatReward(r"<think>.*</think>.*")([""] * 2, [thought, f"x{thought}"]).tolist() == [1.0, 0.0]
+    assert ExactReward()([""] * 2, [thought, thought[1:]], {"answer": [thought] * 2}).tolist() == [1.0, 0.0]
+    assert GSM8KReward()([""] * 2, [thought, f"5 {'or so ' * 2000}"], {"answer": ["5"] * 2}).tolist() == [1.0, 0.0]
+
+
+ASKING = """
+from lightning_hybrid.rewards.judge import Judge
+judge = Judge("format")
+judge.ask({"pattern": "a", "response": "a"}, 60.0)
+print(judge._process.pid, flush=True)
+judge.ask({"pattern": "(a+)+b", "response": "a" * 60}, 2.0)
+"""
+
+
+def test_the_process_that_judges_ends_soon_after_one_that_was_killed() -> None:
+    with subprocess.Popen([sys.executable, "-c", ASKING], stdout=subprocess.PIPE, cwd=ROOT) as asking:
+        assert asking.stdout is not None
+        judge = int(asking.stdout.readline())
+        time.sleep(0.5)  # it is at the question that it would never end
+        asking.kill()
+    assert is_running(judge)
+    deadline = time.monotonic() + 15
+    while is_running(judge) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not is_running(judge)
+
+
+def is_running(process: int) -> bool:
+    """Whether there is such a process that is more than the record of its end."""
+    try:
+        state = Path(f"/proc/{process}/stat").read_text().rpartition(") ")[2][0]
+    except FileNotFoundError:
+        return False
+    return state != "Z"
 
 
 def test_a_pattern_that_a_response_makes_explode_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
