@@ -47,17 +47,20 @@ examples:
 
 # Bash replaces the part of a word behind the last of COMP_WORDBREAKS only, which "=" and "@" are among.
 _COMPLETION = r"""_lightning_hybrid_completion() {
-    local line="${COMP_LINE:0:COMP_POINT}" words word choices
+    local line="${COMP_LINE:0:COMP_POINT}" words word choices choice
     read -ra words <<< "$line"
     [[ "$line" == *[[:space:]] ]] && words+=("")
     word="${words[-1]}"
     if (( ${#words[@]} <= 2 )); then
-        COMPREPLY=($(compgen -W "COMMANDS" -- "$word"))
+        choices="COMMANDS"
     else
         choices=$(COMP_LINE="${line#*[[:space:]]}" "${words[0]}" "${words[1]}" -sc query=bash 2> /dev/null)
-        COMPREPLY=($(compgen -W "$choices" -- "$word"))
-        COMPREPLY=("${COMPREPLY[@]#"${word%"${word##*["$COMP_WORDBREAKS"]}"}"}")
     fi
+    read -rd "" -a choices <<< "$choices"
+    COMPREPLY=()
+    for choice in "${choices[@]}"; do
+        [[ "$choice" == "$word"* ]] && COMPREPLY+=("${choice#"${word%"${word##*["$COMP_WORDBREAKS"]}"}"}")
+    done
     [[ "${#COMPREPLY[@]}" == 1 && "${COMPREPLY[0]}" != *[=./] ]] && compopt +o nospace
 }
 complete -o nospace -o default -F _lightning_hybrid_completion lightning-hybrid
@@ -102,7 +105,7 @@ def _answered(command: str, arguments: Sequence[str]) -> bool:
     if line["shows_only"](arguments):
         line["show"](command, arguments, conf)
         return True
-    problem = line["find_problem"](arguments, conf)
+    problem = line["find_problem"](command, arguments, conf)
     if problem:
         sys.stderr.write(f"error: {problem}\n")
         sys.exit(2)

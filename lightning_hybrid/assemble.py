@@ -44,7 +44,8 @@ from lightning_hybrid.models import (
     with_adapter,
 )
 from lightning_hybrid.modules import roles
-from lightning_hybrid.report.callback import RunReport, without_credentials
+from lightning_hybrid.report.callback import RunReport
+from lightning_hybrid.settings import without_credentials
 from lightning_hybrid.strategy import STRATEGIES, HybridDeepSpeedStrategy
 
 if TYPE_CHECKING:
@@ -116,7 +117,7 @@ def make_trainer(run: Run, stage: str, export: HFExport, callbacks: Sequence[Cal
     if isinstance(run.trainer.val_check_interval, int):
         arguments["check_val_every_n_epoch"] = None  # otherwise Lightning begins to count anew with each epoch
     strategy = make_strategy(run.strategy)
-    strategy.run_config = run.model_dump(mode="json")
+    strategy.run_config = without_credentials(run.model_dump(mode="json"))
     return L.Trainer(
         **arguments,
         strategy=strategy,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import NoneType
@@ -15,6 +16,9 @@ from lightning_hybrid.errors import ConfigError
 Location = tuple[str | int, ...]
 Detail = dict[str, Any]
 Rule = Callable[[Any], "Problem | None"]
+
+_USER = re.compile(r"(?<=://)[^/@\s]+@")
+_QUERY = re.compile(r"(://[^\s?#]*)\?[^\s#]+")
 
 
 @dataclass(frozen=True)
@@ -39,7 +43,9 @@ class Settings(BaseModel):
         ConfigError: with all problems at once, when constructed from wrong values.
     """
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True, allow_inf_nan=False
+    )
     rules: ClassVar[tuple[Rule, ...]] = ()
 
     def __init__(self, **values: Any) -> None:
@@ -209,3 +215,16 @@ def _broken_rules(view: BaseModel, prefix: str) -> Iterator[Problem]:
         for key, group in ((name, value), *((f"{name}.{key}", item) for key, item in named)):
             if isinstance(group, BaseModel):
                 yield from _broken_rules(group, f"{prefix}{key}.")
+
+
+def without_credentials(value: Any) -> Any:
+    """What may be shown to others of settings, or of a text: an address loses its user, password and query.
+
+    Args:
+        value: a text, or mappings and lists with texts in them; anything else is as it was.
+    """
+    if isinstance(value, Mapping):
+        return {name: without_credentials(inner) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_credentials(inner) for inner in value]
+    return _QUERY.sub(r"\1?…", _USER.sub("…@", value)) if isinstance(value, str) else value

@@ -1,7 +1,7 @@
 """A reward model: preferred texts score higher than others.
 
 It starts from the trunk of a causal LM (the SFT model as a rule) with a new head. Out comes a Hugging Face folder,
-``<output_dir>/model``, and where pairs are drawn from labelled texts, its accuracy over ALL validation pairs.
+``<output_dir>/model``, and with it, where pairs are drawn from labelled texts, its accuracy over ALL validation pairs.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def train_reward(run: RewardRun, stage: str = "reward") -> Path:
     trainer = make_trainer(run, stage, HFExport(folder, "model", tokenizer))
     trainer.fit(RewardModule(model, run.algorithm), datamodule=data, ckpt_path=resolve_checkpoint(run))
     validated = run.data.validation_path is not None or run.data.validation_fraction > 0
-    if trainer.is_global_zero and run.data.pairing == "labels" and validated:
+    if trainer.is_global_zero and run.data.pairing == "labels" and validated and run.callbacks.export_model:
         report_accuracy(folder, data)
     return folder
 

@@ -21,7 +21,7 @@ FOUNDATION = {
     "rl": set[str](),
     "settings": {"errors"},
     "algorithms": {"rl", "errors", "settings"},
-    "config": {"errors", "paths", "settings", "algorithms"},
+    "config": {"errors", "paths", "rl", "settings", "algorithms"},
 }
 STOREYS = (
     "models",
@@ -29,9 +29,9 @@ STOREYS = (
     "generation",
     "engines",
     "checkpoint",
-    "export",
     "rollout",
     "data",
+    "export",
     "rewards",
     "strategy",
     "modules",

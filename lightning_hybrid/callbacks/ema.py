@@ -89,7 +89,8 @@ class EMA(L.Callback):
         """Write the averaged weights."""
         if self.export is not None:
             with self.averaged(trainer):
-                self.export.on_train_end(trainer, pl_module)
+                average = f"The weights are the exponential moving average of the trained ones, decay {self.decay:g}."
+                self.export.write(trainer, pl_module, average)
 
     @contextmanager
     def averaged(self, trainer: L.Trainer) -> Iterator[None]:

@@ -9,7 +9,16 @@ import lightning as L
 from typing_extensions import override
 
 from lightning_hybrid.errors import ConfigError
-from lightning_hybrid.export import CardFacts, Form, export_model, reason_to_keep, refuse_form, refuse_to_replace
+from lightning_hybrid.export import (
+    CardFacts,
+    Form,
+    export_model,
+    last_metrics,
+    reason_to_keep,
+    refuse_config,
+    refuse_form,
+    refuse_to_replace,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -46,17 +55,30 @@ class HFExport(L.Callback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if stage != "fit":
             return
-        refuse_form(self._child(pl_module).model, self.form)
+        model = self._child(pl_module).model
+        refuse_form(model, self.form)
+        if self.form == "merged":
+            refuse_config(model, self.tokenizer)
         # One rank looks, and all hear: the others may not see the same folder.
         reason = reason_to_keep(self.folder) if trainer.is_global_zero else None
         refuse_to_replace(self.folder, trainer.strategy.broadcast(reason))
 
     @override
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Gather the weights a parameter at a time where they are sharded, and write them on rank 0."""
-        export_model(
-            self._child(pl_module), self.folder, self.tokenizer, self.form, _facts(trainer, self._child(pl_module))
-        )
+        """Write the model as it is now."""
+        self.write(trainer, pl_module)
+
+    def write(self, trainer: L.Trainer, pl_module: L.LightningModule, origin: str | None = None) -> None:
+        """Gather the weights a parameter at a time where they are sharded, and write them on rank 0.
+
+        Args:
+            trainer: in whose training the model was made.
+            pl_module: with the child.
+            origin: for the card, a sentence on what the weights are, where they are not those that were trained, and
+                so not those that the metrics are of.
+        """
+        child = self._child(pl_module)
+        export_model(child, self.folder, self.tokenizer, self.form, _facts(trainer, child, origin))
 
     def _child(self, module: L.LightningModule) -> Any:
         try:
@@ -68,13 +90,14 @@ class HFExport(L.Callback):
             ) from None
 
 
-def _facts(trainer: L.Trainer, wrapper: Any) -> CardFacts:
+def _facts(trainer: L.Trainer, wrapper: Any, origin: str | None) -> CardFacts:
     """What the card says, asked of those who know."""
     data: Any = getattr(trainer, "datamodule", None)
     return CardFacts(
         base=wrapper.config.name_or_path or None,
         config=getattr(trainer.strategy, "run_config", None),
         data=None if data is None else data.state_dict(),
-        metrics={name: float(value) for name, value in trainer.callback_metrics.items()},
+        metrics=last_metrics(trainer) if origin is None else {},
         step=trainer.global_step,
+        origin=origin,
     )

@@ -54,7 +54,7 @@ def recipe_main(config_name: str, schema: type[SettingsT], job: Callable[[Settin
             job(validate(schema, cfg))
 
     with _clean_errors():
-        refuse_choices(arguments)
+        refuse_choices(config_name, arguments)
     sys.argv = [sys.argv[0], *prepare(arguments, conf)]
     register_help(config_name, conf)
     hydra.main(version_base=HYDRA_VERSION, config_path=str(conf), config_name=config_name)(task)()
@@ -75,7 +75,7 @@ def compose_run(config_name: str, schema: type[SettingsT], overrides: Sequence[s
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
-    refuse_choices(overrides)
+    refuse_choices(config_name, overrides)
     try:
         with _set_aside_running_hydra(), hydra.initialize_config_dir(str(conf_dir()), version_base=HYDRA_VERSION):
             cfg = hydra.compose(config_name, overrides=[force(override, conf_dir()) for override in overrides])
@@ -98,13 +98,13 @@ def _set_aside_running_hydra() -> Iterator[None]:
         GlobalHydra.instance().hydra = outer
 
 
-def refuse_choices(overrides: Sequence[str]) -> None:
-    """Refuse a choice that a group does not have, and a launcher or sweeper whose package is not installed.
+def refuse_choices(config_name: str, overrides: Sequence[str]) -> None:
+    """Refuse a choice that the recipe does not have, and a launcher or sweeper whose package is not installed.
 
     Raises:
         ConfigError: with the nearest choice, or with what to install.
     """
-    problem = find_problem(overrides, conf_dir())
+    problem = find_problem(config_name, overrides, conf_dir())
     if problem:
         raise ConfigError(problem)
 
@@ -134,9 +134,9 @@ def _in_a_sweep() -> bool:
 def _one_job_of_a_sweep(cfg: DictConfig, script: str) -> Iterator[None]:
     """Give a job of a sweep its own folder, and leave nothing of it to the next one.
 
-    Lightning starts the other ranks with this process's command line, so it is made to name the recipe and this job's
-    values, rather than the sweep's or those of a worker of joblib or submitit. It remembers a launch in environment
-    variables, which would make the next job believe that it is launched already.
+    Lightning starts the other ranks with this process's command line, so it is made to name the recipe, this job's
+    values and where configurations lie, rather than the sweep's or those of a worker of joblib or submitit. It
+    remembers a launch in environment variables, which would make the next job believe that it is launched already.
     """
     if not _in_a_sweep():
         yield
@@ -166,7 +166,14 @@ def _move_to_own_folder(cfg: DictConfig) -> list[str]:
     if hydra_cfg.output_subdir is not None:  # Hydra has kept the folder that the job would have had alone
         OmegaConf.save(cfg, Path(folder) / hydra_cfg.output_subdir / "config.yaml")
     quoted = folder.replace("\\", "\\\\").replace("'", "\\'")
-    return [*hydra_cfg.overrides.task, f"++output_dir='{quoted}'"]
+    return [*hydra_cfg.overrides.task, f"++output_dir='{quoted}'", *_further_configurations(hydra_cfg)]
+
+
+def _further_configurations(hydra_cfg: Any) -> list[str]:
+    """The arguments that make Hydra look for configurations where it looked for this job's, beside our own."""
+    folders = [source.path for source in hydra_cfg.runtime.config_sources if source.provider == "command-line"]
+    searched = [text for text in hydra_cfg.overrides.hydra if text.startswith("hydra.searchpath=")]
+    return [*searched, *(text for folder in folders for text in ("--config-dir", folder))]
 
 
 def _leave_process_group() -> None:

@@ -38,7 +38,7 @@ class OptunaConfig(Settings):
     n_jobs: PositiveInt = 1
     """runs at a time, which the launcher must be able to start together"""
     seed: NonNegativeInt = 0
-    """of Optuna's sampler, the tree-structured Parzen estimator"""
+    """of Optuna's sampler, the tree-structured Parzen estimator; a study that goes on adds the number of its runs"""
     storage: str | None = None
     """where the study is kept, such as sqlite:///study.db; null for memory"""
     study_name: str | None = None
@@ -91,13 +91,15 @@ def _study(asked: OptunaConfig, ranking: SweepConfig) -> Study:
             "val/accuracy for reward or val/loss for sft"
         )
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    return optuna.create_study(
+    study = optuna.create_study(
         direction="maximize" if ranking.maximizes(ranking.metric) else "minimize",
-        sampler=optuna.samplers.TPESampler(seed=asked.seed),
         storage=asked.storage,
         study_name=asked.study_name,
         load_if_exists=True,
     )
+    # A study that goes on would draw again what it drew when it began.
+    study.sampler = optuna.samplers.TPESampler(seed=asked.seed + len(study.trials))
+    return study
 
 
 def _run(study: Study, trials: Sequence[Trial], fixed: Sequence[str], launcher: Any, first: int) -> None:

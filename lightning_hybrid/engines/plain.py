@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from lightning_hybrid.engines.agreement import number_of_ranks
 
@@ -58,11 +59,21 @@ class PlainModel:
 
 
 def _make_whole(parameter: Any) -> None:
-    """Give a parameter the values of its only shard; one that was offloaded to a disk stays where it is."""
+    """Give a parameter the values of its only shard, from the disk where it was offloaded to one."""
+    from deepspeed.runtime.swap_tensor.partitioned_param_swapper import PartitionedParamStatus
+
     shard = parameter.ds_tensor
-    if shard.numel() >= parameter.ds_numel:
-        parameter.data = shard.data.narrow(0, 0, parameter.ds_numel).view(parameter.ds_shape)
-        parameter.grad = None  # of another shape
+    in_memory = shard.status == PartitionedParamStatus.AVAILABLE
+    values = shard.data if in_memory else _read_from_disk(parameter)
+    parameter.data = values.narrow(0, 0, parameter.ds_numel).view(parameter.ds_shape)
+    parameter.grad = None  # of another shape
+
+
+def _read_from_disk(parameter: Any) -> Tensor:
+    """The shard's values, straight from DeepSpeed's file: its buffers and the way to fill them went with the engine."""
+    swapper = parameter.nvme_swapper
+    path = swapper.get_path(parameter, must_exist=True)
+    return torch.from_file(path, size=parameter.ds_numel, dtype=swapper.dtype).clone()
 
 
 def _make_plain(module: nn.Module) -> None:

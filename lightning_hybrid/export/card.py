@@ -7,9 +7,13 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lightning_hybrid.checkpoint.manifest import versions
+from lightning_hybrid.settings import without_credentials
+
+if TYPE_CHECKING:
+    import lightning as L
 
 END = 3  # parts of a path
 OF_THE_MACHINE = ("engine/", "memory/", "seconds/", "throughput/")
@@ -23,7 +27,7 @@ class CardFacts:
         base: path or hub name of the model that training started from.
         config: of the run.
         data: what was read, as :meth:`~lightning_hybrid.data.TextDataModule.state_dict` says it.
-        metrics: the last of each.
+        metrics: the last of each, see :func:`last_metrics`.
         step: steps of the Trainer.
         origin: a sentence on where the weights come from, for those that no training has just ended on.
     """
@@ -49,15 +53,21 @@ def model_card(facts: CardFacts, model: Any, form: str) -> str:
     return "\n\n".join(section for section in sections if section) + "\n"
 
 
+def last_metrics(trainer: L.Trainer) -> dict[str, float]:
+    """The last value of each metric but those of the machine, which no two runs have alike."""
+    metrics = trainer.callback_metrics.items()
+    return {name: float(value) for name, value in metrics if not name.startswith(OF_THE_MACHINE)}
+
+
 def portable(text: str) -> str:
     """A path without what it says about the machine: from the current folder, from ``~``, or its end.
 
-    Names and passwords are taken out of addresses.
+    Addresses lose users, passwords and queries.
 
     Args:
         text: a path, an address, or anything else.
     """
-    text = re.sub(r"://[^/@\s]+@", "://", text)
+    text = without_credentials(text)
     for start, short in ((Path.cwd(), ""), (Path.home(), "~/")):
         prefix = f"{start}/"
         if text.startswith(prefix) and str(start) != "/":
@@ -109,10 +119,9 @@ def _data(facts: CardFacts) -> str:
 
 
 def _metrics(facts: CardFacts) -> str:
-    metrics = {name: value for name, value in facts.metrics.items() if not name.startswith(OF_THE_MACHINE)}
-    if not metrics:
+    if not facts.metrics:
         return ""
-    rows = [f"| {name} | {_number(value)} |" for name, value in sorted(metrics.items())]
+    rows = [f"| {name} | {_number(value)} |" for name, value in sorted(facts.metrics.items())]
     return "\n".join(["## Last metrics", "", "| metric | value |", "|---|---|", *rows])
 
 

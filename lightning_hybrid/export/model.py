@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
+import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -24,7 +27,7 @@ from lightning_hybrid.export.weights import (
     slots_of,
     write_weights,
 )
-from lightning_hybrid.models import Policy, ScalarModel, base_of
+from lightning_hybrid.models import Policy, ScalarModel, base_of, end_of_text_ids
 from lightning_hybrid.models.adapter_folder import is_adapter_folder
 from lightning_hybrid.models.merging import Entry, adapter_entries, merged_entries, reason_not_merged
 
@@ -62,6 +65,28 @@ def refuse_form(model: Any, form: Form) -> None:
         )
 
 
+def refuse_config(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise where a whole model's configuration cannot be saved: Transformers judges it only when it is.
+
+    Args:
+        model: a Hugging Face model, or peft's around one.
+        tokenizer: to be written beside it.
+
+    Raises:
+        ConfigError: with what Transformers says.
+    """
+    base = base_of(model)
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            _write_config(Path(folder), base, (), tokenizer)
+        except Exception as error:  # each family's configuration has checks of its own
+            said = " ".join(str(error).split())
+            raise ConfigError(
+                f"export=merged: the configuration of {type(base).__name__} cannot be saved: {said} Mend the model's "
+                "config.json or generation_config.json"
+            ) from error
+
+
 def export_model(
     wrapper: Policy | ScalarModel,
     folder: Path,
@@ -81,7 +106,7 @@ def export_model(
         tokenizer: written beside the weights, with its chat template.
         form: ``merged`` for a whole model, ``adapter`` for the adapter only.
         facts: for the model card.
-        shard_bytes: of one file of weights.
+        shard_bytes: of one file of weights; an adapter's are in one.
 
     Raises:
         ConfigError: if the model cannot be exported so, on every rank.
@@ -142,10 +167,11 @@ def _write(
     unfinished = folders.beside(folder)
     unfinished.mkdir(parents=True)
     slots, values = weights
-    write_weights(unfinished, slots, values, "model" if form == "merged" else "adapter_model", shard_bytes)
     if form == "merged":
+        write_weights(unfinished, slots, values, "model", shard_bytes)
         _write_config(unfinished, base, slots, tokenizer)
     else:
+        write_weights(unfinished, slots, values, "adapter_model", sys.maxsize)  # peft reads one file only
         _write_adapter_config(unfinished, model)
     tokenizer.save_pretrained(unfinished)
     (unfinished / "README.md").write_text(model_card(facts, base, form), encoding="utf-8")
@@ -165,7 +191,20 @@ def _write_config(folder: Path, base: Any, slots: Sequence[Slot], tokenizer: Pre
         text.pad_token_id = tokenizer.pad_token_id  # by which a classifier finds each text's last token
     config.save_pretrained(folder)
     if base.can_generate():
-        base.generation_config.save_pretrained(folder)
+        _write_generation_config(folder, base, tokenizer)
+
+
+def _write_generation_config(folder: Path, base: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+    """With what ended a response in training, so that it ends one where others generate.
+
+    That is put into the file: Transformers does not save a changed object that it would save as it was published.
+    """
+    base.generation_config.save_pretrained(folder)
+    path, ends = folder / "generation_config.json", end_of_text_ids(base, tokenizer)
+    content = json.loads(path.read_text(encoding="utf-8"))
+    if ends:
+        content["eos_token_id"] = ends if len(ends) > 1 else ends[0]
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _write_adapter_config(folder: Path, model: Any) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +21,7 @@ from lightning_hybrid.checkpoint import (
 from lightning_hybrid.checkpoint.manifest import MANIFEST
 from lightning_hybrid.config.adapters import AdapterConfig
 from lightning_hybrid.config.export import ExportedModelConfig
+from lightning_hybrid.data.templates import use_template
 from lightning_hybrid.engines.build import cast_parameters
 from lightning_hybrid.errors import CheckpointError, ConfigError
 from lightning_hybrid.export.card import CardFacts
@@ -36,6 +36,7 @@ from lightning_hybrid.models import (
     with_adapter,
 )
 from lightning_hybrid.models.adapter_folder import adapter_config, base_of_adapter, is_adapter_folder
+from lightning_hybrid.models.loading import why_not_loaded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -61,8 +62,12 @@ def from_folder(config: ExportedModelConfig) -> Source:
 
 
 def _is_classifier(path: str) -> bool:
-    config = Path(path) / "config.json"
-    architectures = json.loads(config.read_text(encoding="utf-8")).get("architectures") if config.is_file() else None
+    from transformers import AutoConfig
+
+    try:
+        architectures = AutoConfig.from_pretrained(path).architectures
+    except (OSError, ValueError) as error:
+        raise ConfigError(why_not_loaded(path, error)) from error
     return any(name.endswith("ForSequenceClassification") for name in architectures or ())
 
 
@@ -81,16 +86,20 @@ def from_checkpoint(folder: str, child: str | None, given: ExportedModelConfig) 
     checkpoint = Checkpoint(_newest(Path(folder)))
     name = _engine(checkpoint, child)
     run: Mapping[str, Any] = checkpoint.manifest["config"] or {}
-    settings: Mapping[str, Any] = run.get("model") or {}
-    path = given.path or settings.get("path")
-    tokenizer = load_tokenizer(_needed(given.tokenizer or settings.get("tokenizer") or path, "tokenizer", folder))
-    start = _critics_start(run) if name == "critic" and given.path is None else path
-    model = _as_it_began(checkpoint, name, start, settings, tokenizer)
-    _fill(checkpoint, name, model)
+    with _says_what_to_give(folder):
+        tokenizer = _tokenizer(run, given, folder)
+        start = given.path or _start(run, name, tokenizer)
+        model = _as_it_began(checkpoint, name, start, run.get("model") or {}, tokenizer)
+    try:
+        _fill(checkpoint, name, model)
+    except CheckpointError as error:
+        began = f"loaded was '{start}'" if start else "loaded was the architecture"
+        raise CheckpointError(f"{error}; {began}: give model.path if the run began with another one") from error
     facts = CardFacts(
         base=start,
         config=run or None,
         data=_data(checkpoint),
+        metrics=checkpoint.manifest.get("metrics") or {},
         step=checkpoint.manifest["global_step"],
         origin=f"The weights are of the checkpoint `{checkpoint.folder.name}`, the model's `{name}`.",
     )
@@ -117,11 +126,44 @@ def _needed(value: str | None, key: str, folder: str) -> str:
     return value
 
 
-def _critics_start(run: Mapping[str, Any]) -> str | None:
-    """As :func:`~lightning_hybrid.modules.roles.make_critic` chooses; without an adapter only the shapes count."""
-    settings, reward = run.get("model") or {}, run.get("reward") or {}
-    path: str | None = settings.get("critic") or reward.get("path") or settings.get("path")
-    return path
+@contextmanager
+def _says_what_to_give(folder: str) -> Iterator[None]:
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(
+            f"what the run of checkpoint '{folder}' began with cannot be loaded: {error}. If it lies elsewhere now, "
+            "give model.path, and model.tokenizer for its tokenizer"
+        ) from error
+
+
+def _tokenizer(run: Mapping[str, Any], given: ExportedModelConfig, folder: str) -> PreTrainedTokenizerBase:
+    """With the template that the run's data gave it; one that is given with a template of its own keeps that."""
+    settings = run.get("model") or {}
+    path = given.tokenizer or settings.get("tokenizer") or given.path or settings.get("path")
+    tokenizer = load_tokenizer(_needed(path, "tokenizer", folder))
+    template = _template(run)
+    if template is not None and not (given.tokenizer and tokenizer.chat_template):
+        use_template(tokenizer, template)
+    return tokenizer
+
+
+def _template(run: Mapping[str, Any]) -> str | None:
+    """The name of the one that the tokenizer had in the end: texts beside the rollouts come after the prompts."""
+    read = (run.get(name) or {} for name in ("ptx", "data"))
+    templates: Iterator[str] = (data["template"] for data in read if data.get("path") and data.get("template"))
+    return next(templates, None)
+
+
+def _start(run: Mapping[str, Any], name: str, tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """Where a model began; a critic as :func:`~lightning_hybrid.modules.roles.make_critic` chooses."""
+    settings, reward = run.get("model") or {}, (run.get("reward") or {}).get("path")
+    start: str | None = settings.get("path")
+    if name != "critic":
+        return start
+    if settings.get("critic") is not None:
+        return str(settings["critic"])
+    return reward if reward is not None and load_tokenizer(reward).get_vocab() == tokenizer.get_vocab() else start
 
 
 def _as_it_began(
@@ -136,7 +178,9 @@ def _as_it_began(
         policy = build_policy(architecture, len(tokenizer))
         return scalar_from_policy(policy) if scalar else policy
     start = _needed(start, "path", str(checkpoint.folder))
-    return with_adapter(load_scalar(start), adapter) if scalar else with_adapter(load_policy(start), adapter)
+    if scalar:
+        return with_adapter(load_scalar(start), adapter)
+    return with_adapter(load_policy(start, quantize=adapter.quantize if adapter else None), adapter)
 
 
 def _fill(checkpoint: Checkpoint, name: str, model: Policy | ScalarModel) -> None:

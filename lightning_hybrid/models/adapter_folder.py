@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from pathlib import Path
 from typing import Any
 
+from lightning_utilities.core.rank_zero import rank_zero_only
 from torch import Tensor
 
 from lightning_hybrid.errors import ConfigError
-from lightning_hybrid.models.adapters import base_fingerprint, wrapped
+from lightning_hybrid.models.adapters import is_fingerprint_of, wrapped
 
+LOGGER = logging.getLogger("lightning_hybrid")
 ADAPTER_CONFIG = "adapter_config.json"
 EXPORT_RECORD = "export.json"
 """beside an adapter that was exported: which base it was trained on"""
@@ -89,13 +92,21 @@ def _recorded_base(folder: str | Path) -> dict[str, Any]:
         record = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     except (OSError, ValueError) as error:
         raise ConfigError(f"'{path}' cannot be read: {error}") from error
-    base: dict[str, Any] = record.get("base") or {}
+    base = (record.get("base") or {}) if isinstance(record, dict) else None
+    if not isinstance(base, dict):
+        raise ConfigError(f"'{path}' is no record of an export: take it away if another program wrote it")
     return base
 
 
 def _refuse_another_base(model: Any, folder: str | Path, base: str) -> None:
     saved = _recorded_base(folder).get("fingerprint")
-    if saved is not None and saved != base_fingerprint(model):
+    if saved is None:
+        if not getattr(rank_zero_only, "rank", 0):
+            LOGGER.warning(
+                f"adapter '{folder}' does not say which weights it was trained on: of '{base}' only the shapes are "
+                "checked; make sure that it is the base"
+            )
+    elif not is_fingerprint_of(str(saved), model):
         raise ConfigError(
             f"adapter '{folder}' was not trained on the weights of '{base}': their fingerprints differ (was it trained "
             "again, or is it another model?); give model.base, the model that it was trained on"

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 ModelT = TypeVar("ModelT", Policy, ScalarModel)
 
 SAMPLES = 1024
+_BESIDE_LINEAR = "beside-linear-layers:"
 # These of peft's ways to begin take something out of the base weights.
 CHANGES_THE_BASE = ("pissa", "olora", "loftq", "corda", "lora_ga")
 
@@ -177,16 +178,33 @@ def _evaluating(module: nn.Module) -> Iterator[None]:
             inner.training = True
 
 
-def base_fingerprint(model: nn.Module) -> str | None:
-    """Tells a base from others: of names, shapes and some values of its parameters; None where it is quantized.
+def base_fingerprint(model: nn.Module) -> str:
+    """Tells a base from others: of names, shapes and some values of its parameters.
 
     Values are read as float32, evenly spread, at most 2 × :data:`SAMPLES` of each parameter: fine-tuning changes them
-    all, and a large model takes no time.
+    all, and a large model takes no time. Where linear layers are quantized, it is of all else, such as embeddings and
+    norms, which are as they were before, and says so.
     """
+    quantized = any(not parameter.is_floating_point() for parameter in model.parameters())
+    return f"{_BESIDE_LINEAR}{_digest(model, _linear_weights(model))}" if quantized else _digest(model, set())
+
+
+def is_fingerprint_of(fingerprint: str, model: nn.Module) -> bool:
+    """Whether a model is the base that a fingerprint was taken of, before or after it was quantized."""
+    if fingerprint.startswith(_BESIDE_LINEAR):
+        return fingerprint == f"{_BESIDE_LINEAR}{_digest(model, _linear_weights(model))}"
+    return fingerprint == base_fingerprint(model)
+
+
+def _linear_weights(model: nn.Module) -> set[str]:
+    return {f"{name}.weight" for name, module in model.named_modules() if _is_linear(module)}
+
+
+def _digest(model: nn.Module, without: set[str]) -> str:
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):
-        if not parameter.is_floating_point():
-            return None
+        if name in without:
+            continue
         flat = parameter.detach().reshape(-1)
         values = flat[:: max(1, flat.numel() // SAMPLES)].float().cpu()
         digest.update(f"{name} {tuple(parameter.shape)}".encode())

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from torch.nn.modules.dropout import _DropoutNd
 
 from lightning_hybrid.errors import ConfigError
 from lightning_hybrid.models.adapter_folder import adapter_config, apply_adapter, base_of_adapter, is_adapter_folder
@@ -28,15 +30,28 @@ def load_policy(
         base: where an adapter's base lies, if not where the adapter says.
 
     Raises:
-        ConfigError: if it cannot be loaded, the adapter is not of this base, or bitsandbytes is missing.
+        ConfigError: if it cannot be loaded, is no language model, the adapter is not of this base, or bitsandbytes is
+            missing.
     """
     from transformers import AutoModelForCausalLM
 
     if is_adapter_folder(path):
         return Policy(_merged_causal_lm(path, quantize, base), chunk)
-    if quantize is None:
-        return Policy(_from_pretrained(AutoModelForCausalLM, path), chunk)
-    return Policy(_from_pretrained(AutoModelForCausalLM, path, quantization_config=_four_bits()), chunk)
+    arguments = {} if quantize is None else {"quantization_config": _four_bits()}
+    model, info = _from_pretrained(AutoModelForCausalLM, path, output_loading_info=True, **arguments)
+    _refuse_without_head(model, info["missing_keys"], path)
+    return Policy(model, chunk)
+
+
+def _refuse_without_head(model: Any, missing: Iterable[str], path: str | Path) -> None:
+    """Transformers makes up a head that a folder has not."""
+    heads = {f"{name}.weight" for name, module in model.named_modules() if module is model.get_output_embeddings()}
+    lacking = heads.intersection(missing)
+    if lacking:
+        raise ConfigError(
+            f"'{path}' holds no language model: it has no {min(lacking)!r} (is it a reward model, or a trunk alone?); "
+            "give the folder of a causal LM"
+        )
 
 
 def _merged_causal_lm(path: str | Path, quantize: str | None, base: str | None) -> Any:
@@ -116,11 +131,34 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def end_of_text_ids(policy: Policy, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Every id that ends a response: the tokenizer's EOS and those of the model's own generation config."""
-    configured = policy.model.generation_config.eos_token_id
-    ids = [tokenizer.eos_token_id, *(configured if isinstance(configured, list) else [configured])]
+def end_of_text_ids(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Every id that ends a response.
+
+    The tokenizer's EOS, the token with which its chat template ends a turn, and those of the generation config.
+
+    Args:
+        model: a Hugging Face causal LM.
+        tokenizer: the model's.
+    """
+    configured = model.generation_config.eos_token_id
+    ids = [tokenizer.eos_token_id, end_of_turn_id(tokenizer)]
+    ids += configured if isinstance(configured, list) else [configured]
     return sorted({int(i) for i in ids if i is not None})
+
+
+def end_of_turn_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The special token that a chat template puts behind what the assistant says; None where there is none."""
+    from jinja2 import TemplateError
+
+    if not tokenizer.chat_template:
+        return None
+    turns = [{"role": "user", "content": "1"}, {"role": "assistant", "content": "2"}]
+    try:
+        text = str(tokenizer.apply_chat_template(turns, tokenize=False)).rstrip()
+    except (TemplateError, TypeError, ValueError, LookupError):  # refused in its place, where the data has turns
+        return None
+    ends = [token for token in tokenizer.all_special_tokens if text.endswith(token)]
+    return tokenizer.convert_tokens_to_ids(max(ends, key=len)) if ends else None  # type: ignore[return-value]
 
 
 def disable_dropout(module: torch.nn.Module) -> None:
@@ -128,13 +166,18 @@ def disable_dropout(module: torch.nn.Module) -> None:
     set_dropout(module, 0.0)
 
 
+# By which layers keep a probability that they hand on to functions.
+_PROBABILITIES = ("dropout", "attention_dropout", "activation_dropout", "hidden_dropout")
+
+
 def set_dropout(module: torch.nn.Module, probability: float) -> None:
     """Set every dropout to a probability, and leave out no layers."""
     for part in module.modules():
-        for name in ("p", "dropout", "attention_dropout", "activation_dropout", "hidden_dropout"):
-            if isinstance(getattr(part, name, None), float):
+        probabilities = ("p",) if isinstance(part, _DropoutNd) else _PROBABILITIES
+        for name in probabilities:
+            if type(getattr(part, name, None)) in (float, int):  # a whole number where the model's config has one
                 setattr(part, name, probability)
-        if isinstance(getattr(part, "layerdrop", None), float):
+        if type(getattr(part, "layerdrop", None)) in (float, int):
             part.layerdrop = 0.0  # type: ignore[assignment]
 
 

@@ -58,7 +58,7 @@ def merged_entries(model: Any) -> list[Entry]:
     """
     reason = reason_not_merged(model)
     if reason is not None:
-        raise ConfigError(f"the adapters cannot be merged: {reason}; give callbacks.export=adapter")
+        raise ConfigError(f"the adapters cannot be merged: {reason}")
     base = base_of(model)
     tensors = base.state_dict(keep_vars=True)
     entries = [entry for name in tensors if (entry := _entry(base, name, tensors)) is not None]

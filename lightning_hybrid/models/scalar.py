@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_hybrid.errors import ConfigError
-from lightning_hybrid.models.merging import merged_entries
+from lightning_hybrid.models.merging import merged_entries, reason_not_merged
 from lightning_hybrid.models.policy import Policy, base_of, extra_arguments, run_trunk
 
 
@@ -76,6 +76,12 @@ def scalar_from_policy(policy: Policy) -> ScalarModel:
     """
     from transformers import AutoModelForSequenceClassification
 
+    reason = reason_not_merged(policy.model)
+    if reason is not None:
+        raise ConfigError(
+            f"no critic can be made of the policy, whose adapters cannot be merged: {reason}; give model.critic, such "
+            "as the path of the model that the policy started from"
+        )
     config = copy.deepcopy(policy.config)
     config.num_labels = 1
     model = AutoModelForSequenceClassification.from_config(config)

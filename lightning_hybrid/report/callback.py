@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import platform
-import re
 import time
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -18,7 +17,8 @@ from typing_extensions import override
 
 from lightning_hybrid.callbacks import Interrupted
 from lightning_hybrid.report.run_page import report_run
-from lightning_hybrid.report.runs import FACTS, ROLLOUTS
+from lightning_hybrid.report.runs import FACTS, ROLLOUTS, read_json
+from lightning_hybrid.settings import without_credentials
 
 _PACKAGES = (
     "lightning-hybrid",
@@ -32,7 +32,7 @@ _PACKAGES = (
     "vllm",
 )
 _ENOUGH = 256  # responses of a histogram
-_CREDENTIALS = re.compile(r"(?<=://)[^/@\s]+@")
+_RUNNING = "running, or killed"
 
 Spread = dict[str, list[float]]
 
@@ -41,13 +41,14 @@ class RunReport(L.Callback):
     """Write ``run.json`` when training begins, and again with ``report.html`` when it ends, is interrupted or fails.
 
     ``run.json`` holds what the other files of a run do not: its stage, configuration, versions and device, how it
-    ended, and the seconds in training; ``rollouts.json`` lengths, KL (nats) and scores of the responses of the first
-    and the last iterations, those of global rank 0. A report that cannot be written is warned of and stops nothing.
+    ended, and the seconds in training, written again with each checkpoint, so that a run that goes on in the folder
+    adds to them; ``rollouts.json`` lengths, KL (nats) and scores of the responses of the first and the last iterations,
+    those of global rank 0. A report that cannot be written is warned of and stops nothing.
 
     Args:
         folder: of the run.
         stage: what the progress bar calls the run, such as ``"3/3 ppo"``.
-        config: all settings of the run, see :func:`without_credentials`.
+        config: all settings of the run, see :func:`~lightning_hybrid.settings.without_credentials`.
     """
 
     def __init__(self, folder: str | Path, stage: str, config: dict[str, Any]) -> None:
@@ -64,7 +65,8 @@ class RunReport(L.Callback):
         """Say what runs: also a run that is killed leaves its settings."""
         self._begun = time.perf_counter()
         if trainer.is_global_zero:
-            self._attempt(lambda: self._write_facts(trainer, "running, or killed"))
+            self._attempt(lambda: self._begin(goes_on=trainer.ckpt_path is not None))
+            self._attempt(lambda: self._write_facts(trainer, _RUNNING))
 
     @override
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
@@ -89,22 +91,30 @@ class RunReport(L.Callback):
         if isinstance(exception, Interrupted | KeyboardInterrupt):
             self._finish(trainer, "interrupted")
         else:
-            said = (str(exception).splitlines() or [""])[0]
+            said = without_credentials((str(exception).splitlines() or [""])[0])
             self._finish(trainer, f"ended by {type(exception).__name__}: {said}"[:300])
 
     @override
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Write down beside the checkpoint, not in it, how long the run took so far: in it no two runs were alike."""
+        if trainer.is_global_zero and self._begun is not None:
+            self._attempt(lambda: self._write_facts(trainer, _RUNNING))
+
+    @override
     def state_dict(self) -> dict[str, Any]:
-        """Seconds in training, and what the histograms show."""
-        return {"seconds": self._now(), "first": self._first, "last": self._last}
+        """What the histograms show."""
+        return {"first": self._first, "last": self._last}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on with them."""
-        self._seconds, self._first = state_dict["seconds"], list(state_dict["first"])
-        self._last = list(state_dict["last"])
+        """Go on with it."""
+        self._first, self._last = list(state_dict["first"]), list(state_dict["last"])
+
+    def _begin(self, *, goes_on: bool) -> None:
+        self._seconds = float(read_json(self.folder / FACTS).get("seconds") or 0.0) if goes_on else 0.0
 
     def _now(self) -> float:
-        """Seconds in training until now, those before a checkpoint that the run goes on from among them."""
+        """Seconds in training until now, those among them that the folder's run took before it went on."""
         return self._seconds + (0.0 if self._begun is None else time.perf_counter() - self._begun)
 
     def _finish(self, trainer: L.Trainer, status: str) -> None:
@@ -189,12 +199,3 @@ def _versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
-
-
-def without_credentials(value: Any) -> Any:
-    """The same settings; an address loses the user and password it may hold."""
-    if isinstance(value, dict):
-        return {name: without_credentials(inner) for name, inner in value.items()}
-    if isinstance(value, list):
-        return [without_credentials(inner) for inner in value]
-    return _CREDENTIALS.sub("…@", value) if isinstance(value, str) else value

@@ -86,16 +86,24 @@ def histogram(title: str, unit: str, samples: Mapping[str, Sequence[float]]) -> 
     together = [v for values in finite.values() for v in values]
     if not together:
         return ""
-    low, high = _apart(min(together), max(together))
-    whole = all(v == int(v) for v in together) and max(together) > min(together)
-    bins = min(_BINS, math.ceil(high - low)) if whole else _BINS
-    edges = np.linspace(low, high, bins + 1)
+    edges = _edges(together)
     shares = {name: np.histogram(values, edges)[0] / len(values) for name, values in finite.items()}
-    frame = _Frame(low, high, 0.0, max(float(share.max()) for share in shares.values()) * 1.05)
-    bars = "".join(_bars(share.tolist(), edges.tolist(), color, frame) for color, share in enumerate(shares.values()))
+    frame = _Frame(edges[0], edges[-1], 0.0, max(float(share.max()) for share in shares.values()) * 1.05)
+    bars = "".join(_bars(share.tolist(), edges, color, frame) for color, share in enumerate(shares.values()))
     names = [(name, f"mean {number(sum(v) / len(v))}, n={len(v)}") for name, v in finite.items()]
     label = f"{title}, {unit}: " + "; ".join(f"{name} {value}" for name, value in names)
     return _figure(title, f"{unit}, share of responses", _svg(label, _axes(frame, "") + bars), _legend(names))
+
+
+def _edges(numbers: Sequence[float]) -> list[float]:
+    """Borders of bins; where all numbers are whole, each bin is around as many of them as the next."""
+    import numpy as np
+
+    low, high = min(numbers), max(numbers)
+    if low == high or any(v != int(v) for v in numbers):
+        return list(map(float, np.linspace(*_apart(low, high), _BINS + 1)))
+    width = float(math.ceil((high - low + 1) / _BINS))
+    return list(map(float, np.arange(low - 0.5, high + width + 0.5, width)))
 
 
 def share_bar(seconds: Mapping[str, float]) -> str:

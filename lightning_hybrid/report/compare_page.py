@@ -56,7 +56,7 @@ def _rows_or(heads: Sequence[str], rows: Sequence[Sequence[str]], unknown: Seque
 def _curves(comparison: RunComparison) -> str:
     runs = comparison.runs
     logged = dict.fromkeys(name for run in runs for name in run.metrics)
-    counted = STAGES[comparison.recipe][1] if comparison.recipe else "step"
+    counted = STAGES[comparison.recipe][1] if comparison.recipe in STAGES else "step"
     charts = []
     for panel in shared_panels(runs, list(logged)):
         for name in panel.shows(logged):

@@ -47,7 +47,7 @@ _WHOLE = {
 
 @dataclass(frozen=True)
 class Arrangement:
-    """What becomes of the rows that fit, in batches.
+    """What becomes of the rows that training gets, in batches.
 
     Attributes:
         batch_size: Rows of a batch.
@@ -133,7 +133,7 @@ def inspect_run(run: AnyInspection) -> Inspection:
         repeated=len(parts) - len({tuple(tuple(text.ids) for text in row.values()) for row in parts}),
         arrangement=None
         if kind == "prompts"
-        else _arrangement(run, [x for x in longest if not room or x <= room], room),
+        else _arrangement(run, _trained_on(longest, room, run.data.too_long), room),
         samples=[
             parts[i] for i in sorted(random.Random(run.seed).sample(range(len(parts)), min(run.samples, len(parts))))
         ],
@@ -218,6 +218,15 @@ def _reasons(module: Any) -> dict[str, int]:
         for reason, count in dropped.reasons.items():
             reasons[reason] = reasons.get(reason, 0) + count
     return reasons
+
+
+def _trained_on(lengths: Sequence[int], room: int | None, too_long: str) -> list[int]:
+    """The lengths of the rows that training gets: long ones are cut, or left out."""
+    if room is None:
+        return [*lengths]
+    if too_long == "truncate":
+        return [min(length, room) for length in lengths]
+    return [length for length in lengths if length <= room]
 
 
 def _arrangement(run: AnyInspection, lengths: Sequence[int], room: int | None) -> Arrangement | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,7 @@ from lightning_hybrid.report.inspection import Inspection
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tabs and line breaks
 _PERCENTILES = (5, 25, 50, 75, 95, 99)
 _COLORS = {"learned": "\033[32m", "learned special": "\033[1;32m", "special": "\033[35m", "given": "\033[36m"}
 _PLAIN, _BOLD = "\033[0m", "\033[1m"
@@ -90,7 +92,12 @@ def _marked(tokenizer: PreTrainedTokenizerBase, text: EncodedText, color: bool) 
     """The text, run by run of tokens of one kind."""
     for kind, run in _runs(tokenizer, text):
         before, after = (_COLORS[kind], _PLAIN) if color else _BRACKETS[kind]
-        yield f"{before}{run}{after}"
+        yield f"{before}{_CONTROL.sub(_visible, run)}{after}"
+
+
+def _visible(match: re.Match[str]) -> str:
+    r"""A control character as Python writes it, such as ``\x1b``: a terminal would obey it."""
+    return match[0].encode("unicode_escape").decode()
 
 
 def _runs(tokenizer: PreTrainedTokenizerBase, text: EncodedText) -> Iterator[tuple[str, str]]:

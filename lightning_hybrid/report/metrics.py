@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +18,8 @@ _NOT_METRICS = ("step", "epoch")
 def read_metrics(path: str | Path) -> Metrics:
     """Read a ``metrics.csv``, in which each row holds the metrics that were logged together and leaves the rest empty.
 
+    A last row without its end is left out: the run still writes it, or was killed while it did.
+
     Args:
         path: a file that ``lightning.pytorch.loggers.CSVLogger`` wrote.
 
@@ -30,11 +33,11 @@ def read_metrics(path: str | Path) -> Metrics:
     if not path.is_file():
         raise DataError(f"no metrics at {path}: the run logged nothing yet, or logged elsewhere; use logger=csv")
     metrics: Metrics = {}
-    with path.open(newline="", encoding="utf-8") as file:
-        for step, name, value in _cells(path, csv.DictReader(file)):
-            steps, values = metrics.setdefault(name, ([], []))
-            steps.append(step)
-            values.append(value)
+    whole, end, _ = path.read_text(encoding="utf-8", errors="replace").rpartition("\n")
+    for step, name, value in _cells(path, csv.DictReader(io.StringIO(whole + end, newline=""))):
+        steps, values = metrics.setdefault(name, ([], []))
+        steps.append(step)
+        values.append(value)
     return metrics
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from lightning_hybrid.errors import DataError
 from lightning_hybrid.report.metrics import Metrics, read_metrics
+from lightning_hybrid.settings import without_credentials
 
 FACTS = "run.json"
 METRICS = "metrics.csv"
@@ -142,4 +143,4 @@ def _composed(path: Path) -> dict[str, Any] | None:
         values = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
     except (OmegaConfBaseException, ValueError, OSError) as error:
         raise DataError(f"{path} cannot be read: {error}") from error
-    return values if isinstance(values, dict) else None  # type: ignore[return-value]
+    return without_credentials(values) if isinstance(values, dict) else None

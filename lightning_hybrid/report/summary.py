@@ -15,6 +15,7 @@ from lightning_hybrid.errors import DataError
 from lightning_hybrid.report.metrics import Metrics, read_metrics
 from lightning_hybrid.report.panels import SECONDS, panels_for
 from lightning_hybrid.report.runs import METRICS, read_json
+from lightning_hybrid.settings import without_credentials
 
 RECORD = "job.json"
 _TABLE_METRICS = 3  # beside the one that ranks
@@ -28,9 +29,10 @@ class SweptRun:
     Attributes:
         folder: of the run.
         settings: what it was started with, as on the command line.
-        status: ``done``, ``failed``, ``unfinished`` (still going, or killed), or ``alone`` for a run outside a sweep.
+        status: ``done``, ``failed``, ``unfinished`` (still going, or killed), ``alone`` for a run outside a sweep, or
+            ``damaged`` where its files cannot be read.
         seconds: from its start to its end; None while there is none.
-        error: why it failed.
+        error: why it failed, or what is damaged.
         metrics: what it logged.
         differs: of the settings those that not all runs have alike.
         label: these in short.
@@ -70,8 +72,8 @@ class Summary:
 
     @property
     def failed(self) -> list[SweptRun]:
-        """The runs that ended with an error."""
-        return [run for run in self.runs if run.status == "failed"]
+        """The runs that ended with an error, or cannot be read."""
+        return [run for run in self.runs if run.status in ("failed", "damaged")]
 
     @property
     def figures(self) -> list[str]:
@@ -112,7 +114,7 @@ def write_summary(folder: Path, ranking: SweepConfig) -> Summary:
         ranking: what the runs are ranked by.
 
     Raises:
-        DataError: if there is no run in it, or the files of one are damaged.
+        DataError: if there is no run in it.
     """
     from lightning_hybrid.report.overlay import draw_overlay
 
@@ -127,7 +129,7 @@ def summarize(folder: Path, ranking: SweepConfig) -> Summary:
     """Read all runs below a folder and rank them.
 
     Raises:
-        DataError: if there is none, or the files of one are damaged.
+        DataError: if there is none.
     """
     runs = [_read(path) for path in sorted(_folders(folder), key=_natural)]
     if not runs:
@@ -164,6 +166,13 @@ def _natural(path: Path) -> list[tuple[int, str]]:
 
 
 def _read(folder: Path) -> SweptRun:
+    try:
+        return _read_whole(folder)
+    except DataError as error:  # of this run, and no reason to say nothing of the others
+        return SweptRun(folder, "", {}, "damaged", error=str(error))
+
+
+def _read_whole(folder: Path) -> SweptRun:
     record: dict[str, Any] = read_json(folder / RECORD) or _recorded_by_hydra(folder)
     status, seconds = str(record.get("status", "alone")), record.get("seconds")
     return SweptRun(
@@ -190,7 +199,7 @@ def _recorded_by_hydra(folder: Path) -> dict[str, Any]:
 
 def _setting(override: str) -> tuple[str, str]:
     key, _, value = override.lstrip("+").partition("=")
-    return key, value.strip("'\"")
+    return key, str(without_credentials(value.strip("'\"")))
 
 
 def _choose(runs: Sequence[SweptRun], ranking: SweepConfig) -> str | None:

@@ -128,7 +128,7 @@ def _build_tools(facts: Facts) -> Iterator[Finding]:
 
 def _extensions(facts: Facts) -> Iterator[Finding]:
     for lock in facts.extensions.get("stale_locks", []):
-        yield Finding("stop", f"a build that was killed left {lock}: the next one waits for it for ever", f"rm {lock}")
+        yield Finding("warn", f"a build that was killed left {lock}: the next one waits for it for ever", f"rm {lock}")
     for lock in facts.extensions.get("fresh_locks", []):
         yield Finding("note", f"{lock}: something is being built there", "if nothing is, remove it")
 

@@ -231,6 +231,11 @@ def test_the_averaged_model_is_written_as_a_folder_of_its_own(tmp_path: Path, st
     written, averaged = load_policy(tmp_path / "model"), load_policy(tmp_path / "ema")
     assert torch.equal(weights_of(written).double(), diary.weights[-1])
     torch.testing.assert_close(weights_of(averaged).double(), by_definition(diary.weights), rtol=1e-6, atol=1e-7)
+    of_own, of_average = ((tmp_path / name / "README.md").read_text() for name in ("model", "ema"))
+    assert "moving average of the trained ones, decay 0.9." in of_average
+    assert "## Last metrics" not in of_average  # nobody has measured it
+    assert "moving average" not in of_own
+    assert "| loss |" in of_own
 
 
 def train_on_ranks(folder: str, stage: int, ranks: int, steps: int, resume: str | None = None) -> None:

@@ -110,6 +110,19 @@ def test_what_cannot_be_exported_is_refused_before_training(
     assert (tmp_path / "model" / "mine").read_text() == "kept"
 
 
+def test_a_configuration_that_cannot_be_saved_is_refused_before_training(task: TaskFiles, tmp_path: Path) -> None:
+    policy = tiny_policy()
+    before = weights_of(policy)
+    policy.model.generation_config.do_sample = False
+    policy.model.generation_config.temperature = 0.3  # which Transformers refuses to save beside it
+    with pytest.raises(
+        ConfigError, match=r"configuration of LlamaForCausalLM cannot be saved: .*`temperature` is set to `0.3`"
+    ) as raised:
+        fit(task, policy, HFExport(tmp_path / "model", "policy", build_tokenizer()))
+    assert "Mend the model's config.json or generation_config.json" in str(raised.value)
+    assert torch.equal(weights_of(policy), before)
+
+
 def test_the_card_says_what_was_trained_on_what_and_how_and_nothing_about_the_machine(
     task: TaskFiles, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -123,7 +136,7 @@ def test_the_card_says_what_was_trained_on_what_and_how_and_nothing_about_the_ma
     assert row is not None
     assert re.search(r"\| loss \| [\d.]+ \|", card)
     assert portable("/data/teams/a/models/base") == "…/a/models/base"
-    assert portable("https://me:secret@host/score") == "https://host/score"
+    assert portable("https://me:secret@host/score?key=secret") == "https://…@host/score?…"
     settings = yaml.safe_load(card.split("```yaml\n")[1].split("```")[0])
     assert settings == {"model": {"path": "a/model"}, "home": "~/data", "seed": 7}
     assert "- torch 2." in card

@@ -70,6 +70,18 @@ def test_keys_and_their_values(press_tab: Press) -> None:
     assert press_tab("lightning-hybrid ppo algorithm.kl_coef=") == ["compopt +o nospace", "0.05"]
 
 
+def test_choices_are_offered_as_they_are(tmp_path: Path, press_tab: Press) -> None:
+    """Neither names of files that they match nor what a shell would make of them."""
+    command = tmp_path / "lightning-hybrid"
+    program = command.read_text().splitlines()[1]
+    answer = "a=* a=[xy] a=$(touch made) a=~ b=1"
+    command.write_text(f"#!/bin/sh\nif [ $1 = ppo ]; then echo '{answer}'; exit; fi\n{program}\n")
+    (tmp_path / "x").touch()
+    assert press_tab("lightning-hybrid ppo a=") == ["*", "[xy]", "$(touch", "~"]
+    assert press_tab("lightning-hybrid ppo ") == answer.split()
+    assert not (tmp_path / "made").exists()
+
+
 def test_nothing_is_loaded_for_a_completion() -> None:
     code = (
         "import sys, lightning_hybrid_cli\n"

@@ -162,6 +162,27 @@ def test_ranks_of_a_job_are_started_with_its_own_recipe_and_folder(
     assert sys.argv[0] == "ppo.py"
 
 
+def test_ranks_of_a_job_find_configurations_where_it_found_them(sweep: Sweep, monkeypatch: pytest.MonkeyPatch) -> None:
+    commands = []
+
+    def job(run: PPORun) -> None:
+        commands.append((run, sys.argv))
+
+    for name, steps in (("mine", 7), ("more", 8)):
+        (sweep.folder / name / "trainer").mkdir(parents=True)
+        text = f"defaults: [cpu, _self_]\nnum_sanity_val_steps: {steps}\n"
+        (sweep.folder / name / "trainer" / f"{name}.yaml").write_text(text)
+    monkeypatch.setattr(sweep, "job", job)
+    search = f"hydra.searchpath=[file://{sweep.folder}/more]"
+    sweep("--config-dir", "mine", search, *NEEDED, "trainer=mine,more")
+    assert [run.trainer.num_sanity_val_steps for run, _ in commands] == [7, 8]
+    again: list[PPORun] = []
+    for _, (_, *arguments) in commands:
+        monkeypatch.setattr(sys, "argv", ["ppo.py", *arguments, "hydra.output_subdir=null"])
+        recipe_main("ppo", PPORun, again.append)
+    assert again == [run for run, _ in commands]
+
+
 def test_no_job_leaves_its_environment_to_the_next(sweep: Sweep, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
 
@@ -224,9 +245,9 @@ def test_optuna_goes_on_with_a_study(sweep: Sweep) -> None:
     import optuna
 
     study = optuna.load_study(study_name="kl", storage=f"sqlite:///{sweep.folder}/study.db")
-    assert [trial.params["++algorithm.kl_coef"] for trial in study.trials] == [
-        run.algorithm.kl_coef for run in sweep.runs
-    ]
+    tried = [run.algorithm.kl_coef for run in sweep.runs]
+    assert [trial.params["++algorithm.kl_coef"] for trial in study.trials] == tried
+    assert len(set(tried)) == 6  # the second draws what the first did not
 
 
 @pytest.mark.parametrize(

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import copy
 import pickle
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from deepspeed.runtime.swap_tensor.partitioned_param_swapper import PartitionedParamStatus
 
+from lightning_hybrid.engines.plain import PlainModel
 from lightning_hybrid.strategy import HybridDeepSpeedStrategy
 from tests.helpers import GAN, quiet_trainer, random_batches
 
@@ -57,3 +61,38 @@ def test_a_fit_that_broke_off_in_a_sharded_forward_leaves_a_module_that_trains_a
         config = SHARDED if stage == 3 else None
         quiet_trainer(HybridDeepSpeedStrategy(stage=stage, config=config), max_epochs=1).fit(module, random_batches())
         assert not torch.equal(module.generator[0].weight, before)
+
+
+class Disk:
+    """What DeepSpeed's parameters know of where they were offloaded to."""
+
+    dtype = torch.float32
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def get_path(self, parameter: Any, must_exist: bool) -> str:
+        """The file's name, as DeepSpeed forms it."""
+        path = self.folder / f"{parameter.ds_id}_param.tensor.swp"
+        assert path.exists() or not must_exist
+        return str(path)
+
+
+@pytest.mark.parametrize("status", ["NOT_AVAILABLE", "INFLIGHT"])
+def test_a_parameter_that_was_offloaded_to_a_disk_is_read_from_its_file(status: str, tmp_path: Path) -> None:
+    """As DeepSpeed leaves it there; it needs a compiled op to do so itself."""
+    module = torch.nn.Linear(3, 2)
+    plain = PlainModel(module)
+    values = torch.arange(6.0)
+    parameter: Any = module.weight
+    parameter.ds_id, parameter.ds_numel, parameter.ds_shape = 4, 6, torch.Size([2, 3])
+    parameter.ds_tensor = torch.tensor(1).half()
+    parameter.ds_tensor.status = PartitionedParamStatus[status]
+    parameter.nvme_swapper = Disk(tmp_path)
+    parameter.data = torch.empty(0)
+    (tmp_path / "4_param.tensor.swp").write_bytes(torch.cat([values, torch.zeros(250)]).numpy().tobytes())
+    plain.restore()
+    (tmp_path / "4_param.tensor.swp").unlink()
+    assert module.weight.tolist() == [[0.0, 1.0, 2.0], [3.0, 4.0, 5.0]]
+    assert not vars(module.weight)
+    assert module(torch.ones(1, 3)).shape == (1, 2)

@@ -18,7 +18,7 @@ from lightning_hybrid.data.task import build_tokenizer
 from lightning_hybrid.engines import build_engine, engine_config
 from lightning_hybrid.engines.build import cast_parameters
 from lightning_hybrid.errors import ConfigError
-from lightning_hybrid.export import export_model, refuse_form
+from lightning_hybrid.export import export_model, refuse_config, refuse_form
 from lightning_hybrid.models import Policy, ScalarModel, load_policy, load_scalar, scalar_from_policy, with_adapter
 from tests.conftest import RunRanks
 from tests.engines.hybrids import hybrid, step, whole
@@ -86,6 +86,19 @@ def test_tokenizer_template_and_generation_config_are_beside_the_weights(tmp_pat
     assert loaded.get_vocab() == tokenizer.get_vocab()
     assert loaded.apply_chat_template([{"role": "user", "content": "the sea"}], tokenize=False) == "the sea"
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "model").generation_config.temperature == 0.7
+
+
+def test_what_ends_a_response_is_in_a_generation_config_that_is_else_as_it_was_published(tmp_path: Path) -> None:
+    base = on_disk(tmp_path / "base")
+    published = {"temperature": 0.6, "eos_token_id": 7}  # Transformers saves no such config of one's own
+    (base / "generation_config.json").write_text(json.dumps(published))
+    tokenizer = build_tokenizer()
+    policy = load_policy(base)
+    refuse_config(policy.model, tokenizer)
+    export_model(policy, tmp_path / "model", tokenizer)
+    written = json.loads((tmp_path / "model" / "generation_config.json").read_text())
+    assert written["temperature"] == 0.6
+    assert sorted(written["eos_token_id"]) == sorted([7, tokenizer.eos_token_id])
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -182,6 +195,15 @@ def test_an_adapter_alone_loads_with_plain_peft_and_with_load_policy(kind: str, 
     merged = load_policy(tmp_path / "adapter").eval()
     assert type(merged.model).__name__ == "LlamaForCausalLM"
     torch.testing.assert_close(merged.model(TOKENS).logits, policy.model(TOKENS).logits, rtol=0, atol=2e-6)
+
+
+def test_an_adapter_is_one_file_however_large(tmp_path: Path) -> None:
+    """peft reads no other."""
+    policy = with_trained_adapter(load_policy(on_disk(tmp_path / "base"))).eval()
+    export_model(policy, tmp_path / "adapter", build_tokenizer(), form="adapter", shard_bytes=1000)
+    assert [path.name for path in (tmp_path / "adapter").glob("*.safetensors*")] == ["adapter_model.safetensors"]
+    theirs = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter").eval()
+    assert torch.equal(theirs(TOKENS).logits, policy.model(TOKENS).logits)
 
 
 def test_a_reward_model_s_adapter_brings_its_head(tmp_path: Path) -> None:

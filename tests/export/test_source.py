@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -11,12 +12,12 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from lightning_hybrid import HybridDeepSpeedStrategy, PPOModule, RolloutConfig
 from lightning_hybrid.callbacks import HFExport
 from lightning_hybrid.config.adapters import AdapterConfig
-from lightning_hybrid.config.export import ExportRun
+from lightning_hybrid.config.export import ExportedModelConfig, ExportRun
 from lightning_hybrid.data.task import build_tokenizer
 from lightning_hybrid.errors import CheckpointError, ConfigError
 from lightning_hybrid.export import export_model
@@ -42,7 +43,12 @@ def files(folder: Path) -> dict[str, bytes]:
 
 
 def ppo_run(
-    base: Path, tmp_path: Path, adapter: AdapterConfig | None = None, stage: int = 2, **arguments: Any
+    base: Path,
+    tmp_path: Path,
+    adapter: AdapterConfig | None = None,
+    stage: int = 2,
+    config: dict[str, Any] | None = None,
+    **arguments: Any,
 ) -> tuple[Path, dict[str, Path]]:
     """Two iterations, a checkpoint, and what the run itself exports."""
     policy = with_adapter(load_policy(base), adapter)
@@ -50,7 +56,7 @@ def ppo_run(
     module = PPOModule(policy, warm_share, rollout=settings, tokenizer=build_tokenizer())
     model = {"path": str(base), "adapter": None if adapter is None else adapter.model_dump()}
     strategy = HybridDeepSpeedStrategy(stage=stage)
-    strategy.run_config = {"model": model}
+    strategy.run_config = {"model": model} | (config or {})
     folders = {child: tmp_path / "of-the-run" / child for child in ("actor", "critic")}
     callbacks = [HFExport(folder, child, build_tokenizer()) for child, folder in folders.items()]
     trainer = quiet_trainer(
@@ -92,7 +98,12 @@ def test_a_checkpoint_holds_the_folders_that_the_run_exports(
         assert mine.keys() == theirs.keys()
         assert mine["model.safetensors"] == theirs["model.safetensors"]
     AutoModelForSequenceClassification.from_pretrained(tmp_path / "critic")
-    assert "of the checkpoint `a.ckpt`, the model's `actor`" in (tmp_path / "actor" / "README.md").read_text()
+    card = (tmp_path / "actor" / "README.md").read_text()
+    assert "of the checkpoint `a.ckpt`, the model's `actor`" in card
+    of_the_run = (folders["actor"] / "README.md").read_text()
+    rows = [line for line in of_the_run.splitlines() if line.startswith("| reward/") or line.startswith("| policy/")]
+    assert len(rows) > 5
+    assert set(rows) < set(card.splitlines())
     assert not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1
 
 
@@ -111,6 +122,55 @@ def test_a_base_that_changed_since_and_a_model_that_is_not_there_are_refused(bas
         from_checkpoint(str(checkpoint), None, run.model)
 
 
+TEMPLATE = "{% for message in messages %}<{{ message.content }}>{% endfor %}"
+
+
+def test_the_tokenizer_has_the_template_that_the_run_s_data_gave_it(base: Path, tmp_path: Path) -> None:
+    (tmp_path / "own.jinja").write_text(TEMPLATE)
+    data = {"path": "rows.jsonl", "template": f"{tmp_path}/own.jinja"}
+    beside = {"path": None, "template": "plain"}  # not read, as it has no path
+    checkpoint, _ = ppo_run(base, tmp_path, config={"data": data, "ptx": beside})
+    given = ExportRun(checkpoint=str(checkpoint), output_dir="unused").model
+    model, tokenizer, facts = from_checkpoint(str(checkpoint), None, given)
+    export_model(model, tmp_path / "model", tokenizer, facts=facts)
+    exported = AutoTokenizer.from_pretrained(tmp_path / "model")
+    assert exported.apply_chat_template([{"role": "user", "content": "the sea"}], tokenize=False) == "<the sea>"
+    (tmp_path / "own.jinja").unlink()
+    with pytest.raises(ConfigError, match=r"own.jinja' is neither a file .* give model.path, and model.tokenizer"):
+        from_checkpoint(str(checkpoint), None, given)
+    elsewhere = ExportedModelConfig(tokenizer=str(tmp_path / "model"))
+    assert from_checkpoint(str(checkpoint), None, elsewhere)[1].chat_template == TEMPLATE
+
+
+def test_a_critic_began_with_a_reward_model_only_if_that_reads_the_policy_s_tokens(base: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    scalar_from_policy(tiny_policy(hidden_size=64)).model.save_pretrained(other)
+    tokenizer = build_tokenizer()
+    tokenizer.add_tokens(["another"])
+    tokenizer.save_pretrained(other)
+    checkpoint, _ = ppo_run(base, tmp_path, config={"reward": {"path": str(other)}})
+    given = ExportRun(checkpoint=str(checkpoint), output_dir="unused").model
+    assert from_checkpoint(str(checkpoint), "critic", given)[2].base == str(base)
+    build_tokenizer().save_pretrained(other)
+    with pytest.raises(
+        CheckpointError, match="no 'model.model.embed_tokens.weight' of shape .*loaded was '.*other': give model.path"
+    ):
+        from_checkpoint(str(checkpoint), "critic", given)
+    other.rename(tmp_path / "moved")
+    with pytest.raises(ConfigError, match=r"other' does not exist .*If it lies elsewhere now, give model.path"):
+        from_checkpoint(str(checkpoint), "critic", given)
+
+
+def test_a_checkpoint_over_four_bits_is_not_read_as_one_over_whole_weights(base: Path, tmp_path: Path) -> None:
+    if importlib.util.find_spec("bitsandbytes") is not None:
+        pytest.skip("bitsandbytes is installed, and this run's base was not quantized")
+    model = {"path": str(base), "adapter": AdapterConfig(r=4, quantize="nf4").model_dump()}
+    checkpoint, _ = ppo_run(base, tmp_path, AdapterConfig(r=4), config={"model": model})
+    given = ExportRun(checkpoint=str(checkpoint), output_dir="unused").model
+    with pytest.raises(ConfigError, match="model.adapter.quantize=nf4 needs bitsandbytes"):
+        from_checkpoint(str(checkpoint), None, given)
+
+
 def test_a_run_s_file_needs_one_source() -> None:
     with pytest.raises(ConfigError, match="checkpoint = None: give the checkpoint of a run, or model.path"):
         ExportRun(output_dir="a")
@@ -118,9 +178,26 @@ def test_a_run_s_file_needs_one_source() -> None:
         ExportRun(output_dir="a", child="actor", model={"path": "b"})  # type: ignore[arg-type]
 
 
-def command(*arguments: str) -> subprocess.CompletedProcess[str]:
+def command(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     line = [sys.executable, str(ROOT / "lightning_hybrid_cli.py"), "export", *arguments]
-    return subprocess.run(line, capture_output=True, text=True, timeout=120, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    environment = os.environ | {"PYTHONPATH": str(ROOT)} | environment
+    return subprocess.run(line, capture_output=True, text=True, timeout=120, env=environment)
+
+
+@pytest.mark.slow
+def test_a_classifier_of_the_hub_stays_one(tmp_path: Path) -> None:
+    cached = tmp_path / "models--me--judge"
+    model = scalar_from_policy(tiny_policy(tie_word_embeddings=False)).model
+    for saved in (model, build_tokenizer()):
+        saved.save_pretrained(cached / "snapshots" / "abc")
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text("abc")
+    answer = command(
+        "model.path=me/judge", f"output_dir={tmp_path}/out", HF_HUB_CACHE=str(tmp_path), HF_HUB_OFFLINE="1"
+    )
+    assert answer.returncode == 0, answer.stderr
+    written = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
+    assert written.config.architectures == [type(model).__name__]
 
 
 @pytest.mark.slow

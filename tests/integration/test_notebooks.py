@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import importlib.util
 import os
-import time
 from pathlib import Path
 from types import ModuleType
 
@@ -17,7 +16,7 @@ from tests.integration.processes import ROOT
 FOLDER = ROOT / "recipes" / "notebooks"
 NAMES = ("ppo_in_ten_cells", "your_own_reward", "reading_a_run")
 PICTURE_BYTES = 60_000
-SECONDS = 360.0  # all three, on two cores
+SECONDS = 360.0  # of a processor, for all three
 
 
 def outputs_of(notebook: nbformat.NotebookNode) -> list[list[nbformat.NotebookNode]]:
@@ -77,7 +76,7 @@ def test_all_notebooks_run_in_time_and_show_what_is_committed(
     refresh: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])))
-    begin, cpu = time.perf_counter(), os.times()
+    cpu = os.times()
     for name in NAMES:
         (tmp_path / name).mkdir()
         notebook = refresh.execute(FOLDER / f"{name}.ipynb", tmp_path / name)
@@ -85,5 +84,5 @@ def test_all_notebooks_run_in_time_and_show_what_is_committed(
         assert all(picture.startswith(b"\x89PNG") and len(picture) < PICTURE_BYTES for picture in pictures_of(notebook))
     now = os.times()
     busy = now.children_user + now.children_system - cpu.children_user - cpu.children_system
-    # Other work on the machine makes the clock run on; what the kernels themselves computed is theirs.
-    assert min(time.perf_counter() - begin, busy) < SECONDS
+    # Of the processor, as other work on the machine makes the clock run on; each cell has refresh.py's limit beside.
+    assert 0 < busy < SECONDS

@@ -11,6 +11,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from transformers.pytorch_utils import Conv1D
 
 from lightning_hybrid.config.adapters import AdapterConfig
 from lightning_hybrid.data.task import build_tokenizer
@@ -25,7 +26,7 @@ from lightning_hybrid.models import (
     scalar_from_policy,
     with_adapter,
 )
-from lightning_hybrid.models.adapters import base_fingerprint
+from lightning_hybrid.models.adapters import base_fingerprint, is_fingerprint_of
 from lightning_hybrid.models.merging import merged_weight
 from tests.helpers import tiny_policy
 from tests.models.test_policy import batch, family
@@ -212,6 +213,61 @@ def test_fingerprints_see_one_element_of_every_small_parameter_and_no_precision(
     with torch.no_grad():
         policy.model.model.norm.weight[7] += 1e-3
     assert base_fingerprint(policy.model) != before
+
+
+def in_four_bits(model: Any) -> Any:
+    """A model whose linear layers hold their weights as bitsandbytes does: two to a byte, the head left as it is."""
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear | Conv1D) and not (name.endswith("lm_head") or ".lora_" in name):
+            held = torch.zeros(module.weight.numel() // 2, 1, dtype=torch.uint8)
+            module.weight = torch.nn.Parameter(held, requires_grad=False)
+    return model
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_a_base_that_was_quantized_is_told_by_what_was_not(name: str) -> None:
+    whole = family(name)
+    fingerprint = base_fingerprint(in_four_bits(copy.deepcopy(whole)))
+    assert fingerprint.startswith("beside-linear-layers:")
+    assert fingerprint != base_fingerprint(whole)
+    assert is_fingerprint_of(fingerprint, whole)
+    assert is_fingerprint_of(base_fingerprint(whole), whole)
+    with torch.no_grad():
+        next(parameter for key, parameter in whole.named_parameters() if "norm" in key or "ln" in key)[3] += 1e-3
+    assert not is_fingerprint_of(fingerprint, whole)
+
+
+def test_an_adapter_of_a_quantized_base_is_not_merged_into_another(tmp_path: Path) -> None:
+    folder, _ = saved_adapter(tmp_path)
+    fingerprint = base_fingerprint(in_four_bits(load_policy(tmp_path / "base").model))
+    (folder / "export.json").write_text(json.dumps({"base": {"fingerprint": fingerprint}}))
+    load_policy(folder)
+    with pytest.raises(ConfigError, match="was not trained on the weights of '.*other'"):
+        load_policy(folder, base=str(base_folder(tmp_path / "other", seed=1)))
+
+
+def test_an_adapter_that_does_not_say_its_base_s_weights_is_remarked(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder, _ = saved_adapter(tmp_path)
+    load_policy(folder)
+    assert f"adapter '{folder}' does not say which weights it was trained on" in caplog.text
+
+
+@pytest.mark.parametrize("text", ["[]", '{"base": "a"}'])
+def test_a_record_that_is_none_is_named(text: str, tmp_path: Path) -> None:
+    folder, _ = saved_adapter(tmp_path)
+    (folder / "export.json").write_text(text)
+    with pytest.raises(ConfigError, match=r"export.json' is no record of an export"):
+        load_policy(folder)
+
+
+def test_a_critic_of_a_quantized_policy_has_to_be_given() -> None:
+    policy = adapted(tiny_policy())
+    in_four_bits(policy.model)
+    remedy = "is quantized, and what it was rounded from is not here; give model.critic, such as the path of the model"
+    with pytest.raises(ConfigError, match=remedy):
+        scalar_from_policy(policy)
 
 
 def test_four_bits_without_bitsandbytes_say_what_to_install(tmp_path: Path) -> None:

@@ -8,7 +8,8 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from lightning_hybrid.models import Policy, ScalarModel, last_value, load_policy, load_scalar
+from lightning_hybrid.errors import ConfigError
+from lightning_hybrid.models import Policy, ScalarModel, last_value, load_policy, load_scalar, scalar_from_policy
 from tests.helpers import tiny_policy
 
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -159,6 +160,12 @@ def test_a_path_that_does_not_exist_is_named(tmp_path: Any) -> None:
         ValueError, match=r"model path '.*/nowhere' does not exist .* run the recipe that writes it first"
     ):
         load_policy(tmp_path / "nowhere")
+
+
+def test_a_reward_model_s_folder_is_no_policy(tmp_path: Any) -> None:
+    scalar_from_policy(tiny_policy(tie_word_embeddings=False)).model.save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=r"holds no language model: it has no 'lm_head.weight'.*give the folder of a"):
+        load_policy(tmp_path)
 
 
 def test_a_hub_name_without_network_says_what_to_check() -> None:

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from lightning_hybrid.callbacks import Interrupted, MetricsFile, SampleLog
-from lightning_hybrid.report.callback import RunReport, without_credentials
+from lightning_hybrid.report.callback import RunReport
+from lightning_hybrid.settings import without_credentials
 from tests.callbacks.test_samples import Writer
 from tests.helpers import quiet_trainer
 from tests.modules.test_online_algorithms import of, online
@@ -39,12 +40,11 @@ def fail(error: BaseException) -> Any:
     return raise_it
 
 
-def fit(folder, *callbacks, module=None, steps=4, ckpt_path=None):
-    report = RunReport(folder, "3/3 ppo", without_credentials(CONFIG))
-    trainer = L.Trainer(
+def trainer_of(folder, *callbacks, steps=4):
+    return L.Trainer(
         accelerator="cpu",
         max_steps=steps,
-        callbacks=[*callbacks, report],
+        callbacks=[*callbacks],
         logger=MetricsFile(folder),
         log_every_n_steps=1,
         enable_checkpointing=False,
@@ -52,7 +52,16 @@ def fit(folder, *callbacks, module=None, steps=4, ckpt_path=None):
         enable_model_summary=False,
         default_root_dir=folder,
     )
-    trainer.fit(module or Logging(), torch.utils.data.DataLoader(torch.ones(4, 1)), ckpt_path=ckpt_path)
+
+
+def rows():
+    return torch.utils.data.DataLoader(torch.ones(4, 1))
+
+
+def fit(folder, *callbacks, module=None, steps=4, ckpt_path=None):
+    report = RunReport(folder, "3/3 ppo", without_credentials(CONFIG))
+    trainer = trainer_of(folder, *callbacks, report, steps=steps)
+    trainer.fit(module or Logging(), rows(), ckpt_path=ckpt_path)
     return trainer
 
 
@@ -96,12 +105,14 @@ def test_rollouts_are_kept_from_the_first_and_the_last_iterations(tmp_path, monk
     [
         (Interrupted(130), "interrupted"),
         (ValueError("the judge is away\nfor today"), "ended by ValueError: the judge is away"),
+        (ValueError("no answer from https://judge.example/?key=s3cret"), "no answer from https://judge.example/?…"),
     ],
 )
 def test_a_run_that_is_stopped_or_fails_has_a_report_of_what_there_is(tmp_path, error, status):
     with pytest.raises(type(error)):
         fit(tmp_path, At(2, fail(error)))
-    assert facts(tmp_path)["status"] == status
+    assert status in facts(tmp_path)["status"]
+    assert "s3cret" not in facts(tmp_path)["status"]
     assert facts(tmp_path)["steps"] == 2
     assert status in (tmp_path / "report.html").read_text()
 
@@ -130,6 +141,31 @@ def test_a_run_that_goes_on_keeps_its_beginning_and_its_time(tmp_path):
     assert len(ends["first"]["length"]) == 12
 
 
+def test_a_run_that_was_killed_has_the_time_until_its_checkpoint_beside_it_and_not_in_it(tmp_path):
+    class Seen(Exception):
+        pass
+
+    def save_and_look() -> None:
+        trainer.save_checkpoint(tmp_path / "two.ckpt")
+        left.update(facts(tmp_path))
+        raise Seen
+
+    left: dict[str, Any] = {}
+    report = RunReport(tmp_path, "ppo", {})
+    trainer = trainer_of(tmp_path, At(2, save_and_look), report)
+    with pytest.raises(Seen):
+        trainer.fit(Logging(), rows())
+    assert (left["status"], left["steps"]) == ("running, or killed", 2)
+    assert left["seconds"] > 0
+    assert report.state_dict().keys() == {"first", "last"}
+    before = left["seconds"] = 1000.0
+    (tmp_path / "run.json").write_text(json.dumps(left))  # as one that is killed there leaves it
+    fit(tmp_path, steps=4, ckpt_path=tmp_path / "two.ckpt")
+    assert before < facts(tmp_path)["seconds"] < before + 100
+    fit(tmp_path, steps=4)
+    assert facts(tmp_path)["seconds"] < 100
+
+
 @pytest.mark.filterwarnings("ignore:.*LeafSpec")  # Lightning's own
 def test_a_report_that_cannot_be_written_stops_nothing(tmp_path):
     def spoil() -> None:
@@ -140,8 +176,21 @@ def test_a_report_that_cannot_be_written_stops_nothing(tmp_path):
     assert trainer.global_step == 4
 
 
-def test_addresses_lose_their_passwords():
-    assert without_credentials(CONFIG)["reward"]["url"] == "https://…@judge.example/score"
+@pytest.mark.parametrize(
+    ("address", "shown"),
+    [
+        ("https://user:secret@judge.example/score", "https://…@judge.example/score"),
+        ("https://judge.example/score?api_key=secret&n=1", "https://judge.example/score?…"),
+        ("https://user:secret@judge.example?token=secret#part", "https://…@judge.example?…#part"),
+        ("data/rows-?.jsonl", "data/rows-?.jsonl"),
+    ],
+)
+def test_addresses_lose_their_passwords_and_queries(address, shown):
+    assert without_credentials({"a": [{"b": address}]}) == {"a": [{"b": shown}]}
+    assert without_credentials(f"asked {address} in vain") == f"asked {shown} in vain"
+
+
+def test_other_settings_are_as_they_were():
     kept = {"path": "a@b/c", "n": [1, None, "http://host/x@y"]}
     assert without_credentials(kept) == kept
 

@@ -90,6 +90,22 @@ def test_the_bars_of_a_set_are_its_shares():
     assert "mean 1.50, n=4" in chart
 
 
+@pytest.mark.parametrize(
+    ("numbers", "shares"),
+    [
+        ([0, 0, 0, 1], [0.75, 0.25]),
+        ([-1, 0, 0, 1], [0.25, 0.5, 0.25]),
+        (list(range(24)), [1 / 24] * 24),
+        (list(range(48)), [1 / 24] * 24),  # two numbers to a bar
+        (list(range(25)), [2 / 25] * 12 + [1 / 25]),
+    ],
+)
+def test_each_whole_number_has_a_bar_of_its_own_where_there_is_room(numbers, shares):
+    chart = histogram("length", "tokens", {"all": numbers})
+    heights = [float(bar.attrib["height"]) for bar in drawing(chart).iter("rect")]
+    assert [height / sum(heights) for height in heights] == pytest.approx(shares, abs=0.002)
+
+
 def test_a_histogram_of_nothing_finite_is_not_there():
     assert histogram("t", "u", {"a": [], "b": [math.nan]}) == ""
 

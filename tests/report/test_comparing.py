@@ -77,6 +77,12 @@ def test_runs_of_different_recipes_are_compared_in_what_both_have(two, tmp_path)
     assert "samples: no prompt in common" in str(comparison)
 
 
+def test_runs_of_a_recipe_that_has_no_panels_of_its_own_are_compared(tmp_path):
+    folders = [write_run(tmp_path / name, {"reward/score": [0.0, 1.0]}, stage="mine") for name in "ab"]
+    page, _ = write_comparison(compare_runs(folders), tmp_path / "new")
+    assert "Curves" in titles(page)
+
+
 def test_a_run_without_settings_is_named(two, tmp_path):
     bare = write_run(tmp_path / "bare")
     comparison = compare_runs([two[0], bare])

@@ -13,6 +13,7 @@ import pytest
 
 from lightning_hybrid.config.inspect import InspectRun, with_kind
 from lightning_hybrid.config.run import compose_run
+from lightning_hybrid.data.encoding import EncodedText
 from lightning_hybrid.data.task import build_tokenizer
 from lightning_hybrid.errors import ConfigError
 from lightning_hybrid.report.inspection import Inspection, inspect_run
@@ -58,6 +59,44 @@ def test_instructions_are_counted_with_what_is_dropped_repeated_and_too_long(ins
     assert "read as prompt_response, from the columns prompt, response" in shown
 
 
+def test_of_a_stream_the_same_is_counted(inspect: Any) -> None:
+    plain, streamed = (
+        inspect("instructions", ROWS["instructions"], f"data.streaming={streaming}") for streaming in ("false", "true")
+    )
+    assert (streamed.kept, streamed.dropped) == (plain.kept, plain.dropped) == (3, {"with an empty response": 1})
+
+
+def test_rows_that_training_cuts_are_counted_as_long_as_they_are_then(inspect: Any) -> None:
+    cut = inspect("instructions", ROWS["instructions"], "data.max_length=14", "data.too_long=truncate")
+    assert cut.arrangement.packed == pytest.approx(1 - (12 + 12 + 14) / (3 * 14))
+    assert cut.arrangement.random == pytest.approx(1 - (12 + 12 + 14) / (3 * 14))
+
+
+def test_control_characters_in_samples_are_shown_and_not_obeyed() -> None:
+    from transformers import ByT5Tokenizer
+
+    tokenizer = ByT5Tokenizer()
+    ids = tokenizer("a\x1b[2Jb\r\tc\n\x9bd", add_special_tokens=False)["input_ids"]
+    text = EncodedText(ids, [False] * len(ids))
+    nothing: dict[str, Any] = {"limit": None, "reserve": 0, "too_long": "drop", "beyond": 0, "repeated": 0}
+    found = Inspection(
+        "prompts",
+        tokenizer,
+        [],
+        {},
+        1,
+        {},
+        {"prompt": [len(ids)]},
+        **nothing,
+        arrangement=None,
+        samples=[{"prompt": text}],
+    )
+    for color in (True, False):
+        shown = render(found, color=color)
+        assert r"a\x1b[2Jb\r" + "\tc\n" + r"\x9bd" in shown
+        assert "\x1b[2J" not in shown
+
+
 def test_samples_mark_what_is_learned_in_brackets_or_in_colours(inspect: Any) -> None:
     found = inspect("instructions", ROWS["instructions"][:1])
     assert "{<bos>} mia visits the market .[ the soup is warm .][{ <eos>}]" in render(found, color=False)
@@ -74,7 +113,8 @@ def test_pairs_labelled_responses_and_prompts_are_shown_by_what_they_are(inspect
     assert "[ the ice .][{ <eos>}]" in render(pairs, color=False)
     labelled = inspect("unpaired", ROWS["unpaired"])
     assert {name for sample in labelled.samples for name in sample} == {"desirable", "undesirable"}
-    prompts = inspect("prompts", ROWS["prompts"], "data.max_length=20", "max_new_tokens=15")
+    few = ("data.max_length=20", "max_new_tokens=15", "data.too_long=error")
+    prompts = inspect("prompts", ROWS["prompts"], *few)
     assert (prompts.lengths, prompts.beyond, prompts.arrangement) == ({"prompt": [6]}, 1, None)
     assert "more than 20 tokens less 15 new ones: an error in training" in render(prompts, color=False)
 

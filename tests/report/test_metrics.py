@@ -34,6 +34,13 @@ def test_a_row_that_was_cut_off_gives_what_it_holds(tmp_path):
     assert read_metrics(path) == {"loss": ([0], [1.0])}
 
 
+@pytest.mark.parametrize("cut", ["1", "1,0.", "1,0.5", "1,0.5,0.", "1,0.5,0.25"])
+def test_a_last_row_that_was_not_finished_is_left_out(tmp_path, cut):
+    path = tmp_path / "metrics.csv"
+    path.write_bytes(f"step,loss,val/loss\r\n0,1.0,\r\n{cut}".encode())
+    assert read_metrics(path) == {"loss": ([0], [1.0])}
+
+
 def test_a_missing_file_is_named_with_the_fix(tmp_path):
     with pytest.raises(DataError, match=r"no metrics at .*nowhere\.csv.*logger=csv"):
         read_metrics(tmp_path / "nowhere.csv")

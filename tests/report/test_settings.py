@@ -65,3 +65,4 @@ def test_the_password_in_an_address_does_not_reach_the_report(tmp_path):
     trainer = trainer_of(tmp_path, "reward.path=null", "reward.url=https://me:secret@judge.example/score")
     (report,) = [callback for callback in trainer.callbacks if isinstance(callback, RunReport)]
     assert report.config["reward"]["url"] == "https://…@judge.example/score"
+    assert trainer.strategy.run_config["reward"]["url"] == "https://…@judge.example/score"  # as checkpoints keep it

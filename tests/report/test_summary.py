@@ -126,11 +126,34 @@ def test_nothing_to_sum_up_is_an_error(tmp_path: Path) -> None:
         write_summary(tmp_path, SweepConfig())
 
 
-def test_damaged_record_is_named(tmp_path: Path) -> None:
-    run(tmp_path / "0", ["seed=0"], [1.0])
+def test_damaged_runs_are_rows_with_what_is_wrong(tmp_path: Path) -> None:
+    for number in range(3):
+        run(tmp_path / str(number), [f"seed={number}"], [1.0])
     (tmp_path / "0" / "job.json").write_text('{"recipe": "ppo", ')
-    with pytest.raises(DataError, match=r"0/job\.json cannot be read"):
-        write_summary(tmp_path, SweepConfig())
+    (tmp_path / "1" / "metrics.csv").write_text("reward/score,step\nmuch,0\n")
+    summary = write_summary(tmp_path, SweepConfig())
+    assert [(one.folder.name, one.status) for one in summary.runs] == [
+        ("2", "done"),
+        ("0", "damaged"),
+        ("1", "damaged"),
+    ]
+    assert [one.folder.name for one in summary.failed] == ["0", "1"]
+    rows = (tmp_path / "summary.csv").read_text().splitlines()
+    assert "0/job.json cannot be read" in rows[2]
+    assert "1/metrics.csv:2: not a row of metrics" in rows[3]
+
+
+def test_secrets_in_addresses_stay_out_of_the_table(tmp_path: Path) -> None:
+    for number in range(2):
+        run(
+            tmp_path / str(number),
+            [f"reward.url='https://me:secret@judge-{number}.example/score?api_key=secret'"],
+            [1.0],
+        )
+    write_summary(tmp_path, SweepConfig())
+    table = (tmp_path / "summary.csv").read_text()
+    assert "judge-1.example/score?…" in table
+    assert "secret" not in table
 
 
 def summary_command(*arguments: str) -> subprocess.CompletedProcess[str]:
