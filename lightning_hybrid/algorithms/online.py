@@ -42,7 +42,7 @@ def _name_is_of_the_class(config: OnlineConfig) -> Problem | None:
 
 
 def _kl_loss_needs_a_gradient(config: OnlineConfig) -> Problem | None:
-    if config.kl_placement == "reward" or config.kl_estimator != "k1":
+    if config.kl_placement == "reward" or config.kl_coef == 0 or config.kl_estimator != "k1":
         return None
     return Problem("kl_estimator", "k1 as a loss pulls nowhere (its mean gradient is 0): use k2 or k3", "'k1'")
 
@@ -77,7 +77,7 @@ class OnlineConfig(Settings):
     kl_target: PositiveFloat | None = None
     """KL in nats per response that an adaptive kl_coef aims at (Ziegler et al. 2019, section 2.2); null: fixed"""
     kl_horizon: PositiveInt = 10_000
-    """samples over which the adaptive kl_coef may double"""
+    """samples over which the adaptive kl_coef may change by a fifth; above a fifth of those of one iteration"""
     kl_estimator: Literal["k1", "k2", "k3"] = "k1"
     """estimator of the KL that is logged, that kl_target refers to, and of a KL loss (Schulman 2020)"""
     clip_low: OpenUnit = 0.2

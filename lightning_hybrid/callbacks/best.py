@@ -15,6 +15,7 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from lightning_hybrid.callbacks.links import link
 from lightning_hybrid.checkpoint import newest_complete
+from lightning_hybrid.config.sweep import larger_is_better
 from lightning_hybrid.errors import CheckpointError, ConfigError
 
 Mode = Literal["max", "min"]
@@ -85,15 +86,15 @@ class BestByMetric:
 
     Args:
         metric: name under which it is logged.
-        mode: whether the largest or the smallest value is the best.
+        mode: whether the largest or the smallest value is the best; None: the smallest of a loss, else the largest.
 
     Attributes:
         best: so far; None while there is none.
     """
 
-    def __init__(self, metric: str, mode: Mode = "max") -> None:
+    def __init__(self, metric: str, mode: Mode | None = None) -> None:
         self.metric = metric
-        self.mode: Mode = mode
+        self.mode: Mode = mode or ("max" if larger_is_better(metric) else "min")
         self.best: Best | None = None
         self._folder = Path()
         self._value: float | None = None

@@ -35,7 +35,7 @@ class Checkpoints(ModelCheckpoint):
         every: training steps from one checkpoint to the next; None for one per epoch.
         keep: newest checkpoints to keep.
         best_metric: keep the checkpoint with the best value of this metric, too; None for the newest only.
-        best_mode: whether the largest or the smallest value is the best.
+        best_mode: whether its largest or smallest value is the best; None: the smallest of a loss, else the largest.
 
     Raises:
         ConfigError: in training, if ``best_metric`` is not logged.
@@ -47,7 +47,7 @@ class Checkpoints(ModelCheckpoint):
         every: int | None = None,
         keep: int = 2,
         best_metric: str | None = None,
-        best_mode: Mode = "max",
+        best_mode: Mode | None = None,
     ) -> None:
         super().__init__(
             dirpath=folder,

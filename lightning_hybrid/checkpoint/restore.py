@@ -71,6 +71,11 @@ class Checkpoint:
         """That wrote it."""
         return int(self.manifest["ranks"])
 
+    @property
+    def models(self) -> set[str]:
+        """Names of the engines and frozen models whose weights are not in Lightning's own state."""
+        return {*self.manifest["engines"], *self.manifest["frozen"]}
+
     def stretches(self, folder: str, kind: str = "rank") -> Stretches:
         """What all ranks wrote in a folder."""
         return Stretches(self.folder / rank_file(folder, rank, kind) for rank in range(self.ranks))

@@ -32,7 +32,7 @@ class AdapterConfig(Settings):
     alpha: PositiveInt = 32
     """what is added is scaled by alpha / r, with rslora by alpha / sqrt(r)"""
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
-    """share of an adapter's inputs that is dropped while it trains; PPO sets every dropout of its models itself"""
+    """share of an adapter's inputs that is dropped while it trains; in PPO it is the role's dropout that counts"""
     target_modules: Literal["all-linear"] | list[str] = "all-linear"
     """names of the linear layers that get one, such as [q_proj, v_proj]; all-linear: all but the head"""
     quantize: Literal["nf4"] | None = None

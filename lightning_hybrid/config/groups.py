@@ -255,8 +255,9 @@ class CallbacksConfig(Settings):
     """newest checkpoints to keep; older ones are removed once a newer one is complete"""
     best_metric: str | None = None
     """keep the checkpoint with the best value of this metric too, such as val/score; null: only the newest ones"""
-    best_mode: Literal["max", "min"] = "max"
-    """whether the largest or the smallest value of best_metric is the best"""
+    best_mode: Literal["max", "min"] | None = None
+    """whether the largest or the smallest value of best_metric is the best; null: the smallest of a loss, else the \
+largest"""
     ema_decay: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
     """average what is trained after each optimizer step, with this weight of the average so far (DeepSpeed-Chat: \
 0.992), and write it to output_dir/ema at the end; null for no average"""

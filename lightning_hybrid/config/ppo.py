@@ -9,12 +9,14 @@ from typing import Any, ClassVar
 from pydantic import Field, SerializeAsAny, create_model, field_validator
 
 from lightning_hybrid.algorithms import ALGORITHMS, GroupConfig, OnlineConfig, PPOConfig
+from lightning_hybrid.config.adapters import AdapterConfig
 from lightning_hybrid.config.data import InstructionDataConfig, PromptDataConfig
 from lightning_hybrid.config.evaluation import EvaluationConfig
 from lightning_hybrid.config.groups import PPOModelConfig, RolloutConfig
 from lightning_hybrid.config.reward import RewardSourceConfig, longest_seconds
 from lightning_hybrid.config.roles import RolesConfig, TrainedRoleConfig
 from lightning_hybrid.config.roots import Run, ranks_of
+from lightning_hybrid.rl import ERROR_LIMIT
 from lightning_hybrid.settings import Problem, Rule, refuse
 
 
@@ -60,6 +62,37 @@ def _groups_come_from_the_batch(run: PPORun) -> Problem | None:
         return None
     remedy = f"must not exceed data.batch_size ({run.data.batch_size}), the prompts to choose from"
     return Problem("algorithm.groups", remedy, str(_prompts_learned_from(run)))
+
+
+def _kl_is_controlled_in_small_steps(run: PPORun) -> Problem | None:
+    ranks, horizon = ranks_of(run.trainer), run.algorithm.kl_horizon
+    samples = _prompts_learned_from(run) * (ranks or 1) * run.algorithm.group_size
+    if run.algorithm.kl_target is None or samples * ERROR_LIMIT < horizon:
+        return None
+    remedy = (
+        f"must be above {samples * ERROR_LIMIT:g}, a fifth of an iteration's {samples} responses, or kl_coef may be 0"
+    )
+    return Problem("algorithm.kl_horizon", remedy, str(horizon))
+
+
+def _dropout_is_the_roles(run: PPORun) -> Problem | None:
+    for role in ("actor", "critic"):
+        key = "adapter" if role == "actor" else "critic_adapter"
+        adapter: AdapterConfig | None = getattr(run.model, key)
+        if adapter is not None and adapter.dropout > 0:
+            remedy = f"PPO sets every dropout of a model by its role: use roles.{role}.dropout"
+            return Problem(f"model.{key}.dropout", remedy, f"{adapter.dropout:g}")
+    return None
+
+
+def _low_precision_needs_master_weights(run: PPORun) -> Problem | None:
+    if run.trainer.precision == "32-true":
+        return None
+    for name, role in (("actor", run.roles.actor), ("critic", run.roles.critic)):
+        if role.zero_stage == 0:
+            remedy = f"has no fp32 master weights for {run.trainer.precision}: use 1, the same memory on one rank"
+            return Problem(f"roles.{name}.zero_stage", remedy, "0")
+    return None
 
 
 def _overlong_buffer_fits_responses(run: PPORun) -> Problem | None:
@@ -151,8 +184,17 @@ def _reward_ends_before_ranks_stop_waiting(run: PPORun) -> Problem | None:
     return Problem("reward.timeout_seconds", f"{remedy} ({limit:g})", f"{reward.timeout_seconds:g}")
 
 
+def _each_setting_has_an_effect(config: PTXConfig) -> Problem | None:
+    for key in ("validation_path", "validation_fraction", "num_workers"):
+        if value := getattr(config, key):
+            return Problem(key, "has no effect on the texts of the PTX loss: leave it out", repr(value))
+    return None
+
+
 class PTXConfig(InstructionDataConfig):
     """Texts whose likelihood PPO keeps up."""
+
+    rules: ClassVar[tuple[Rule, ...]] = (*InstructionDataConfig.rules, _each_setting_has_an_effect)
 
     path: str | list[str] | None = None  # type: ignore[assignment]
     """file, or list of files; null for no PTX loss"""
@@ -172,6 +214,9 @@ class PPORun(Run):
         _minibatch_divides_over_ranks,
         _minibatch_fits_rollout,
         _groups_come_from_the_batch,
+        _kl_is_controlled_in_small_steps,
+        _dropout_is_the_roles,
+        _low_precision_needs_master_weights,
         _rollout_fits_workspace,
         _rollout_knows_old_logprobs,
         _overlong_buffer_fits_responses,

@@ -87,6 +87,14 @@ def _starts_from_weights(run: DPORun | KTORun) -> Problem | None:
     return Problem("model.architecture", remedy, "an architecture")
 
 
+def _models_have_no_dropout(run: DPORun | KTORun) -> Problem | None:
+    adapter = run.model.adapter
+    if adapter is None or adapter.dropout == 0:
+        return None
+    remedy = "must be 0: policy and reference are compared without dropout"
+    return Problem("model.adapter.dropout", remedy, f"{adapter.dropout:g}")
+
+
 def _nothing_asks_a_reference_that_is_left_out(run: DPORun) -> Problem | None:
     if not run.algorithm.reference_free or run.model.reference is None:
         return None
@@ -107,6 +115,7 @@ class DPORun(Run):
     rules: ClassVar[tuple[Rule, ...]] = (
         *Run.rules,
         _starts_from_weights,
+        _models_have_no_dropout,
         _nothing_asks_a_reference_that_is_left_out,
         _margins_are_for_rewards,
     )
@@ -129,7 +138,7 @@ def _rows_are_compared(run: KTORun) -> Problem | None:
 class KTORun(Run):
     """Configuration of the recipe `kto`."""
 
-    rules: ClassVar[tuple[Rule, ...]] = (*Run.rules, _starts_from_weights, _rows_are_compared)
+    rules: ClassVar[tuple[Rule, ...]] = (*Run.rules, _starts_from_weights, _models_have_no_dropout, _rows_are_compared)
 
     model: PreferenceModelConfig
     """the policy, and its reference"""

@@ -17,6 +17,11 @@ USUAL_METRICS = ("val/score", "reward/score", "val/accuracy", "val/rewards/accur
 _SHARE = 10
 
 
+def larger_is_better(metric: str) -> bool:
+    """Whether high values of a metric are the good ones, by its name: not those of a loss or a perplexity."""
+    return not any(name in metric for name in ("loss", "perplexity"))
+
+
 class SweepConfig(Settings):
     """How a run is summed up in one number."""
 
@@ -34,9 +39,7 @@ class SweepConfig(Settings):
 
     def maximizes(self, metric: str) -> bool:
         """Whether higher values are better."""
-        if self.direction is None:
-            return "loss" not in metric
-        return self.direction == "maximize"
+        return larger_is_better(metric) if self.direction is None else self.direction == "maximize"
 
     def judge(self, metric: str, values: Sequence[float]) -> float | None:
         """The number that stands for a run whose metric had these values; None where none of them is finite.

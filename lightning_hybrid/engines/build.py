@@ -35,7 +35,7 @@ def build_engine(
         hybrid: build a :class:`~lightning_hybrid.engines.hybrid.HybridEngine`, which can also generate.
 
     Raises:
-        StrategyError: for Adagrad above stage 0.
+        StrategyError: for combinations that DeepSpeed accepts but does not train right.
     """
     import deepspeed
     from deepspeed.runtime.config import DeepSpeedConfig
@@ -46,11 +46,7 @@ def build_engine(
         from lightning_hybrid.engines.hybrid import HybridEngine
 
         engine_class = HybridEngine
-    if isinstance(optimizer, torch.optim.Adagrad) and config["zero_optimization"]["stage"] > 0:
-        raise StrategyError(
-            "DeepSpeed replaces Adagrad by one of its own at ZeRO stages 1 to 3, which schedules and checkpoints do "
-            "not reach: use stage 0, or another optimizer"
-        )
+    _refuse_what_trains_wrong(optimizer, config)
     if hybrid:
         # DeepSpeed flattens each group in its order: sets of projections become adjacent, and containers need no copy.
         order_parameters(optimizer, causal_lm_in(module))
@@ -72,6 +68,21 @@ def build_engine(
     if hybrid:
         lay_out(causal_lm_in(module))  # what DeepSpeed did not flatten: at stage 0, and under adapters
     return engine
+
+
+def _refuse_what_trains_wrong(optimizer: Optimizer, config: dict[str, Any]) -> None:
+    stage = config["zero_optimization"]["stage"]
+    low_precision = next((name for name in ("bf16", "fp16") if config.get(name, {}).get("enabled")), None)
+    if stage == 0 and low_precision:
+        raise StrategyError(
+            f"ZeRO stage 0 with {low_precision} steps Adam on rounded weights: "
+            "use stage 1 (fp32 master weights, the same memory on one rank), or precision='32-true'"
+        )
+    if stage > 0 and isinstance(optimizer, torch.optim.Adagrad):
+        raise StrategyError(
+            "DeepSpeed replaces Adagrad by one of its own at ZeRO stages 1 to 3, which schedules and checkpoints do "
+            "not reach: use stage 0, or another optimizer"
+        )
 
 
 def causal_lm_in(module: Any) -> Any:

@@ -38,7 +38,7 @@ def engine_config(
         overrides: DeepSpeed keys merged over all of this, section by section.
 
     Raises:
-        StrategyError: for combinations that DeepSpeed accepts but does not train right.
+        StrategyError: for accumulation by DeepSpeed, beside the Trainer's.
     """
     zero: dict[str, Any] = {"stage": stage, "overlap_comm": False}
     if offload_optimizer:
@@ -60,7 +60,11 @@ def engine_config(
     if hybrid_engine is not None:
         config["hybrid_engine"] = {"enabled": True, **hybrid_engine}
     config = merged(config, overrides or {})
-    _refuse_what_trains_wrong(config)
+    if config["gradient_accumulation_steps"] != 1 or config["managed_gradient_accumulation"]:
+        raise StrategyError(
+            "gradient accumulation belongs to the Trainer: leave gradient_accumulation_steps and "
+            "managed_gradient_accumulation out of the DeepSpeed config and set accumulate_grad_batches"
+        )
     return config
 
 
@@ -71,17 +75,3 @@ def merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
         both = isinstance(value, dict) and isinstance(result.get(key), dict)
         result[key] = merged(result[key], value) if both else value
     return result
-
-
-def _refuse_what_trains_wrong(config: dict[str, Any]) -> None:
-    low_precision = next((name for name in ("bf16", "fp16") if config.get(name, {}).get("enabled")), None)
-    if config["zero_optimization"]["stage"] == 0 and low_precision:
-        raise StrategyError(
-            f"ZeRO stage 0 with {low_precision} steps Adam on rounded weights: "
-            "use stage 1 (fp32 master weights, the same memory on one rank), or precision='32-true'"
-        )
-    if config["gradient_accumulation_steps"] != 1 or config["managed_gradient_accumulation"]:
-        raise StrategyError(
-            "gradient accumulation belongs to the Trainer: leave gradient_accumulation_steps and "
-            "managed_gradient_accumulation out of the DeepSpeed config and set accumulate_grad_batches"
-        )

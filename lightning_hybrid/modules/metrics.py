@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lightning_hybrid.modules.experience import Experience
 from lightning_hybrid.modules.old_logprobs import LogprobGap
-from lightning_hybrid.modules.sampling import Samples
+from lightning_hybrid.modules.sampling import Samples, informative
 from lightning_hybrid.rl import estimate_kl
 from lightning_hybrid.rollout import Rollout
 
@@ -40,7 +40,7 @@ def rollout_metrics(module: PPOModule, samples: Samples, experience: Experience)
         "entered": experience.scores.double().sum(),
         "ended": samples.rollout.finished.double().sum(),
         "drawn": tokens.new_tensor(samples.drawn),
-        "alike": tokens.new_tensor(samples.informative().count(False)),
+        "alike": tokens.new_tensor(informative(module, samples).count(False)),
         "kl": _kl(module, experience),
         **{f"reward/{name}": values.double().sum().to(mask.device) for name, values in samples.figures.items()},
         **_value_sums(experience),

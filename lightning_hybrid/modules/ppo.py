@@ -12,11 +12,11 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
-from lightning_hybrid.algorithms import OnlineConfig, PPOConfig
+from lightning_hybrid.algorithms import GroupConfig, OnlineConfig, PPOConfig
 from lightning_hybrid.config import AdapterConfig, EvaluationConfig, RolesConfig, RolloutConfig
 from lightning_hybrid.data import InstructionDataModule
 from lightning_hybrid.engines.agreement import on_every_rank
-from lightning_hybrid.errors import RolloutError
+from lightning_hybrid.errors import ConfigError, RolloutError
 from lightning_hybrid.models import Policy, ScalarModel, end_of_text_ids, max_positions, with_adapter
 from lightning_hybrid.modules import roles as making
 from lightning_hybrid.modules.engines import engine_specs, optimizers_of, refuse_other_strategies
@@ -27,7 +27,7 @@ from lightning_hybrid.modules.needs import models_run, remedies
 from lightning_hybrid.modules.old_logprobs import LogprobGap, OldLogprobSource, measured_gap
 from lightning_hybrid.modules.phases import Phases
 from lightning_hybrid.modules.ptx import PTX
-from lightning_hybrid.modules.sampling import Samples, collect_samples, say_when_nothing_is_told
+from lightning_hybrid.modules.sampling import Samples, collect_samples, entering_scores, say_when_nothing_is_told
 from lightning_hybrid.modules.scoring import moments_with
 from lightning_hybrid.modules.update import PPOUpdate
 from lightning_hybrid.rewards import RewardCallable
@@ -59,7 +59,7 @@ class PPOModule(L.LightningModule):
             one, else the actor's trunk with a zero head.
         reference: path of the frozen reference; by default a copy of the actor as given, or where it has adapters, the
             actor with them switched off.
-        reward_tokenizer: the reward model's; read from its path, else the policy's.
+        reward_tokenizer: of a reward model that is given as a module; by default the policy's.
         seed: of sampling and of the order of minibatches.
         ptx: texts of the PTX loss, needed with ``config.ptx_coef`` above 0.
         roles: what differs between the models.
@@ -90,13 +90,19 @@ class PPOModule(L.LightningModule):
         super().__init__()
         self.automatic_optimization = False
         self.config = config or PPOConfig()
-        making.check_given(self.config, critic, reference, ptx)
         self.rollout_config = rollout or RolloutConfig()
         self.roles = roles or RolesConfig()
+        of_critic = {"critic": critic, "critic_adapter": critic_adapter, "roles.critic": self.roles.critic}
+        making.check_given(self.config, of_critic, reference, ptx)
         self.seed = seed
         self.tokenizer = tokenizer or making.tokenizer_beside(actor)
         self.actor = making.make_policy(actor, self.tokenizer, self.config.logprob_chunk)
         self.reference = making.make_reference(self.config, reference, self.actor, self.tokenizer)
+        if reward_tokenizer is not None and not isinstance(reward, ScalarModel):
+            raise ConfigError(
+                "reward_tokenizer belongs to a reward model that is given as a module, and reward is "
+                f"{type(reward).__name__}: a path brings its own, others have none; leave it out"
+            )
         reward_models, self.reward = making.make_reward(reward, reward_tokenizer or self.tokenizer)
         for name, model in reward_models.items():
             self.add_module(name, model)
@@ -107,16 +113,15 @@ class PPOModule(L.LightningModule):
             whole = making.make_critic(critic, self.reward, self.actor, self.tokenizer)
             self.critic = with_adapter(whole, critic_adapter)
             making.prepare_for_training(self.critic, self.roles.critic)
-        self.ptx = None if ptx is None else PTX(ptx, seed)
+        self.ptx = None if ptx is None else PTX(ptx)
         self.kl_controller = making.make_kl_controller(self.config)
-        self.score_moments = self._moments_now = RunningMoments()
+        self.score_moments = self.moments_now = RunningMoments()
         self.old_logprob_source = OldLogprobSource(self.config, self.rollout_config)
         self.phases, self.validation_phases = Phases(), Phases()
         self.evaluation = Evaluation(evaluation or EvaluationConfig())
         self.optimizer_steps = self._without_signal = 0
-        pad = self.tokenizer.pad_token_id
-        eos_ids = end_of_text_ids(self.actor, self.tokenizer)
-        self.backend = make_backend(self.rollout_config, eos_ids, 0 if pad is None else pad, self.tokenizer)
+        self._ends: list[int] | None = None
+        self._set_ends()
 
     @property
     def trained(self) -> list[str]:
@@ -144,10 +149,20 @@ class PPOModule(L.LightningModule):
     # ---- what the Trainer asks for ---------------------------------------------------------------------------------
 
     def setup(self, stage: str) -> None:
-        """Read the texts of the PTX loss; forget what the reference said to the prompts of another run."""
+        """Look at what the data brings, read the texts of the PTX loss, and forget another run's prompts."""
+        making.check_columns(self.reward, getattr(self.trainer, "datamodule", None))
+        self._set_ends()
         self.evaluation.forget()
         if self.ptx is not None and stage == "fit":
-            self.ptx.setup(self.tokenizer, self.max_positions)
+            self.ptx.setup(self)
+
+    def _set_ends(self) -> None:
+        """Let rollouts end where the model, its tokenizer and the chat template say, which data may bring later."""
+        ends = end_of_text_ids(self.actor.model, self.tokenizer)
+        if ends != self._ends:
+            pad = self.tokenizer.pad_token_id
+            self._ends = ends
+            self.backend = make_backend(self.rollout_config, ends, 0 if pad is None else pad, self.tokenizer)
 
     def configure_engines(self) -> dict[str, EngineSpec]:
         """A hybrid engine for the actor, a plain one for the critic, evaluation engines for what is frozen."""
@@ -164,8 +179,13 @@ class PPOModule(L.LightningModule):
         self.phases.begin()
         with strategy.one_global_step():
             samples = collect_samples(self, batch)  # phases rollout and reward
+            self.raw_scores = samples.raw_scores
+            if self.config.normalize_reward:
+                # Kept at the end of the iteration: a checkpoint written before it is one of its start.
+                self.moments_now = moments_with(self, samples.raw_scores)
             with self.phase("experience"):
-                experience = gain_experience(self, samples.rollout, self.entering_scores(samples), samples.group)
+                scores = entering_scores(self, samples)
+                experience = gain_experience(self, samples.rollout, scores, samples.group)
             with self.phase("update"):
                 updater = PPOUpdate(self, strategy)
                 update = updater.run(experience)
@@ -207,23 +227,15 @@ class PPOModule(L.LightningModule):
             RolloutError,
         )
 
-    def entering_scores(self, samples: Samples) -> Tensor:
-        """Scores as they enter the rewards, ``[batch]`` float32: normalised if configured, less the penalties."""
-        self.raw_scores = scores = samples.raw_scores
-        if self.config.normalize_reward:
-            # Kept at the end of the iteration: a checkpoint written before it is one of its start.
-            self._moments_now = moments_with(self, scores)
-            scores = scores / max(self._moments_now.std, 1e-4)
-        return scores - samples.penalties
-
     def _finish(self, samples: Samples, experience: Experience, update: dict[str, float], gap: LogprobGap) -> None:
         """Adjust what lasts: KL coefficient, moments of the scores, source of old log-probs, schedules; log."""
         metrics = rollout_metrics(self, samples, experience) | mismatch_metrics(self, gap, experience)
         groups = len(experience) * self.trainer.world_size // self.config.group_size
-        alike = metrics.get("rollout/uninformative_groups", 0.0)
-        self._without_signal = say_when_nothing_is_told(self.global_step + 1, groups, alike, self._without_signal)
+        if isinstance(self.config, GroupConfig):
+            alike = metrics["rollout/uninformative_groups"]
+            self._without_signal = say_when_nothing_is_told(self.global_step + 1, groups, alike, self._without_signal)
         metrics |= self.phases.memory_figures(self.trainer.strategy)  # type: ignore[arg-type]
-        self.score_moments = self._moments_now
+        self.score_moments = self.moments_now
         self.old_logprob_source.judge(gap)
         kl = metrics.get("policy/kl", math.nan)
         if math.isfinite(kl):  # the steps of an iteration that is not were skipped, too
@@ -280,7 +292,7 @@ class PPOModule(L.LightningModule):
             self.ptx.data.load_state_dict(checkpoint["ptx"])
         self.kl_controller.load_state_dict(checkpoint["ppo"]["kl"])
         self.score_moments.load_state_dict(checkpoint["ppo"]["scores"])
-        self._moments_now = self.score_moments
+        self.moments_now = self.score_moments
         # Older checkpoints hold no choice.
         self.old_logprob_source.load_state_dict(checkpoint["ppo"].get("old_logprobs", {}))
         self.optimizer_steps = checkpoint["ppo"]["optimizer_steps"]

@@ -41,21 +41,26 @@ class Samples:
     def __len__(self) -> int:
         return len(self.raw_scores)
 
-    def informative(self) -> list[bool]:
-        """Of each group, in order, whether its scores differ."""
-        groups = (self.raw_scores - self.penalties).view(-1, self._group_size())
-        return (groups != groups[:, :1]).any(1).tolist()
-
     def pick(self, groups: list[int]) -> Samples:
         """The groups of these positions, in this order."""
-        size = self._group_size()
+        size = int((self.group == self.group[0]).sum())
         rows = [size * position + sample for position in groups for sample in range(size)]
         figures = {name: values[rows] for name, values in self.figures.items()}
         kept = (self.raw_scores[rows], self.penalties[rows], figures, self.group[rows])
         return Samples(self.rollout.pick(rows), *kept, self.drawn)
 
-    def _group_size(self) -> int:
-        return int((self.group == self.group[0]).sum())
+
+def entering_scores(module: PPOModule, samples: Samples) -> Tensor:
+    """Scores as they enter the rewards, ``[batch]`` float32: normalised if configured, less the penalties."""
+    scale = module.moments_now.scale if module.config.normalize_reward else 1.0
+    return samples.raw_scores / scale - samples.penalties
+
+
+def informative(module: PPOModule, samples: Samples) -> list[bool]:
+    """Of each group, in order, whether its scores differ once they are limited as the rewards are."""
+    scores, limit = entering_scores(module, samples), module.config.reward_clip
+    groups = (scores if limit is None else scores.clamp(-limit, limit)).view(-1, module.config.group_size)
+    return (groups != groups[:, :1]).any(1).tolist()
 
 
 def collect_samples(module: PPOModule, batch: dict[str, Any]) -> Samples:
@@ -75,7 +80,7 @@ def collect_samples(module: PPOModule, batch: dict[str, Any]) -> Samples:
         parts.append(_sample(module, batch, begin, end))
         begin, missing = end, _missing_anywhere(module, parts, wanted)
     together = parts[0] if len(parts) == 1 else _joined(parts)
-    return together if len(together) == wanted * module.config.group_size else together.pick(_chosen(together, wanted))
+    return together if len(together) == wanted * module.config.group_size else _chosen(module, together, wanted)
 
 
 def say_when_nothing_is_told(iteration: int, groups: int, share_alike: float, times: int) -> int:
@@ -111,7 +116,7 @@ def _missing_anywhere(module: PPOModule, parts: list[Samples], wanted: int) -> i
     """How many groups the rank lacks that lacks the most; none where every prompt is taken as it is."""
     if not isinstance(module.config, GroupConfig) or module.config.groups is None:
         return 0
-    found = sum(sum(part.informative()) for part in parts)
+    found = sum(sum(informative(module, part)) for part in parts)
     lacking = torch.tensor(max(wanted - found, 0), device=module.device)
     return int(module.trainer.strategy.reduce(lacking, reduce_op="max"))
 
@@ -155,7 +160,7 @@ def _joined(parts: list[Samples]) -> Samples:
     )
 
 
-def _chosen(samples: Samples, wanted: int) -> list[int]:
-    """Positions of the groups to keep, in order: the first whose scores differ, then others where those are too few."""
-    by_worth = sorted(enumerate(samples.informative()), key=lambda entry: not entry[1])
-    return sorted(position for position, _ in by_worth[:wanted])
+def _chosen(module: PPOModule, samples: Samples, wanted: int) -> Samples:
+    """The first groups whose scores differ, and others where those are too few, in their order."""
+    by_worth = sorted(enumerate(informative(module, samples)), key=lambda entry: not entry[1])
+    return samples.pick(sorted(position for position, _ in by_worth[:wanted]))

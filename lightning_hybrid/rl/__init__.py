@@ -23,6 +23,7 @@ from lightning_hybrid.rl.preference import (
     sequence_logprobs,
 )
 from lightning_hybrid.rl.running import (
+    ERROR_LIMIT,
     AdaptiveKLController,
     FixedKLController,
     KLController,
@@ -32,6 +33,7 @@ from lightning_hybrid.rl.running import (
 
 __all__ = [
     "AGGREGATIONS",
+    "ERROR_LIMIT",
     "GROUP_KINDS",
     "KL_ESTIMATORS",
     "PREFERENCE_KINDS",

@@ -143,6 +143,12 @@ class RunningMoments:
         """Unbiased standard deviation; 1 until two numbers have been seen."""
         return math.sqrt(self.m2 / (self.count - 1)) if self.count > 1 else 1.0
 
+    @property
+    def scale(self) -> float:
+        """What to divide numbers by, to give them unit variance: :attr:`std`, or 1 where they have all been equal."""
+        rounding = 1e-6 * max(abs(self.mean), 1.0)
+        return self.std if self.std > rounding else 1.0
+
     def update(self, count: float, mean: float, m2: float) -> None:
         """Merges a chunk, as :func:`moments` describes it; one call for each rank merges the ranks.
 

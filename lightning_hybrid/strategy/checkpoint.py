@@ -35,6 +35,7 @@ from lightning_hybrid.checkpoint import (
 from lightning_hybrid.data.checking import notice
 from lightning_hybrid.engines.agreement import of_all_ranks
 from lightning_hybrid.errors import CheckpointError
+from lightning_hybrid.export.card import last_metrics
 from lightning_hybrid.strategy.lost_ranks import seconds
 from lightning_hybrid.strategy.progress import Progress
 
@@ -60,6 +61,7 @@ class RunCheckpoints:
             asynchronous=strategy.checkpoint_config.asynchronous, timeout=seconds(strategy._timeout)
         )
         self._fingerprints: dict[str, dict[str, str]] = {}
+        self.owned: set[str] = set()
 
     # ---- writing -----------------------------------------------------------------------------------------------------
 
@@ -140,6 +142,7 @@ class RunCheckpoints:
             "precision": strategy.precision_plugin.precision,
             "engines": sorted(strategy.engines),
             "config": strategy.run_config,
+            "metrics": last_metrics(self.progress.trainer),
         }
 
     def _frozen(self) -> dict[str, nn.Module]:
@@ -178,6 +181,7 @@ class RunCheckpoints:
         """
         checkpoint = Checkpoint(folder)
         refuse_other_engines(checkpoint, self.strategy.engines)
+        self.owned = {*self.strategy.engines, *self.strategy.frozen, *checkpoint.models}
         self.strategy.residency.wake_all()
         for name, engine in self.strategy.engines.items():
             stretches = checkpoint.stretches(engine_folder(name))
@@ -229,6 +233,28 @@ def state_outside_engines(module: nn.Module, owned: Iterable[str]) -> dict[str, 
         return {}
     prefixes = tuple(f"{name}." for name in names)
     return {key: value for key, value in module.state_dict().items() if not (prefixes and key.startswith(prefixes))}
+
+
+def load_outside_engines(module: nn.Module, state: Mapping[str, Any], owned: Iterable[str], *, strict: bool) -> None:
+    """Load what :func:`state_outside_engines` gave.
+
+    Args:
+        module: to load into.
+        state: of a checkpoint.
+        owned: names of the submodules whose weights are not in it.
+        strict: refuse a state of another module, before anything is loaded.
+
+    Raises:
+        CheckpointError: names what is missing, and what the module does not know.
+    """
+    missing = sorted(state_outside_engines(module, owned).keys() - state.keys())
+    unknown = sorted(state.keys() - module.state_dict().keys())
+    if strict and (missing or unknown):
+        raise CheckpointError(
+            f"the checkpoint is of another module: of what is outside all engines it lacks {missing or 'nothing'}, and "
+            f"has {unknown or 'nothing'} beside; set strict_loading = False on the module to load what both have"
+        )
+    module.load_state_dict(state, strict=False)
 
 
 def _json(content: Any) -> bytes:

@@ -25,6 +25,7 @@ class EvaluationCheckpoints:
     def __init__(self, strategy: HybridDeepSpeedStrategy) -> None:
         self.strategy = strategy
         self.writer = CheckpointWriter()
+        self.owned: set[str] = set()
 
     def save(self, *_: Any) -> None:
         """Refuse.
@@ -37,7 +38,9 @@ class EvaluationCheckpoints:
     def load(self, folder: str | Path, weights_only: bool) -> dict[str, Any]:
         """Load the weights into the plain modules, before they are sharded; returns Lightning's own state."""
         assert self.strategy.lightning_module is not None
-        return load_modules(folder, self.strategy.lightning_module).lightning_state(weights_only)
+        checkpoint = load_modules(folder, self.strategy.lightning_module)
+        self.owned = checkpoint.models
+        return checkpoint.lightning_state(weights_only)
 
     def close(self) -> None:
         """Nothing is being written."""

@@ -18,7 +18,7 @@ from lightning_hybrid.config import CheckpointConfig, SleepConfig
 from lightning_hybrid.engines.guard import StepGuard
 from lightning_hybrid.engines.plain import PlainModel
 from lightning_hybrid.strategy.building import EngineSettings, build_frozen, build_trained, end_engines, specs_of
-from lightning_hybrid.strategy.checkpoint import RunCheckpoints, state_outside_engines
+from lightning_hybrid.strategy.checkpoint import RunCheckpoints, load_outside_engines, state_outside_engines
 from lightning_hybrid.strategy.counting import counted_as_one
 from lightning_hybrid.strategy.devices import place_outside
 from lightning_hybrid.strategy.evaluation import EvaluationCheckpoints
@@ -286,7 +286,7 @@ class HybridDeepSpeedStrategy(ProcessesStrategy):
 
     @override
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        self._module.load_state_dict(checkpoint["state_dict"], strict=False)
+        load_outside_engines(self._module, checkpoint["state_dict"], self._checkpoints.owned, strict=strict)
 
     @override
     def teardown(self) -> None:

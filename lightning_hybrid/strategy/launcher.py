@@ -21,6 +21,7 @@ INTERVAL = 0.5
 # Seconds for this rank to end by its own error after another one failed: to find the reason, to give up a checkpoint
 # that is being written, and for the rest.
 GRACE = PATIENCE + GRACE_SECONDS + 30.0
+_IN_USE = threading.Event()  # while a Trainer of this process needs the others
 
 
 class WatchedLauncher(_SubprocessScriptLauncher):
@@ -42,11 +43,18 @@ class WatchedLauncher(_SubprocessScriptLauncher):
             first = self.cluster_environment.node_rank() * self.num_processes + 1
             threading.Thread(target=_observe, args=(self.procs, first, self.exits), daemon=True).start()
         _set_num_threads_if_needed(num_processes=self.num_processes)
-        return function(*args, **kwargs)
+        _IN_USE.set()
+        try:
+            return function(*args, **kwargs)
+        finally:
+            _IN_USE.clear()
 
 
 def _observe(processes: list[subprocess.Popen[bytes]], first: int, exits: dict[int, str]) -> None:
-    """Note how processes fail; after the first one, this process and all others have :data:`GRACE` to end."""
+    """Note how processes fail; after the first one, this process and all others have :data:`GRACE` to end.
+
+    This one may be past all training by then, and do something that needs no other.
+    """
     while not exits:
         time.sleep(INTERVAL)
         codes = [process.poll() for process in processes]
@@ -57,6 +65,7 @@ def _observe(processes: list[subprocess.Popen[bytes]], first: int, exits: dict[i
     time.sleep(GRACE)
     for process in processes:
         process.kill()
+    _IN_USE.wait()
     os.kill(os.getpid(), signal.SIGKILL)
 
 

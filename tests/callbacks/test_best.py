@@ -14,7 +14,7 @@ import torch
 
 from lightning_hybrid.assemble import resolve_checkpoint
 from lightning_hybrid.callbacks import Checkpoints
-from lightning_hybrid.callbacks.best import best_checkpoint, read_best
+from lightning_hybrid.callbacks.best import BestByMetric, best_checkpoint, read_best
 from lightning_hybrid.checkpoint import Checkpoint
 from lightning_hybrid.config import SFTRun
 from lightning_hybrid.config.run import compose_run
@@ -51,6 +51,14 @@ def fit(
 
 def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("metric", "mode"), [("val/score", "max"), ("val/loss", "min"), ("loss", "min"), ("val/rewards/accuracy", "max")]
+)
+def test_of_a_loss_the_smallest_is_the_best_unless_told_otherwise(metric: str, mode: str) -> None:
+    assert BestByMetric(metric).mode == mode
+    assert BestByMetric(metric, "max").mode == "max"
 
 
 def test_the_best_is_kept_beside_the_newest_with_its_value(tmp_path: Path) -> None:

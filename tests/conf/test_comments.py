@@ -10,6 +10,7 @@ from omegaconf import OmegaConf
 from lightning_hybrid.config import SweepConfig
 from lightning_hybrid.config.command_line import choices_of, purpose
 from lightning_hybrid.config.search import OptunaConfig
+from lightning_hybrid.config.sweep import USUAL_METRICS
 from lightning_hybrid.paths import conf_dir
 
 FILES = sorted(str(path.relative_to(conf_dir())) for path in conf_dir().rglob("*.yaml"))
@@ -47,6 +48,16 @@ def test_purpose_is_the_first_sentence_of_the_first_comment(tmp_path: Path, text
 def test_what_choices_have_in_common_is_no_choice() -> None:
     assert "base/online" not in choices_of("algorithm", conf_dir())
     assert {"movie_sentiment/ppo", "quickstart/ppo"} <= set(choices_of("experiment", conf_dir()))
+
+
+def test_comments_name_all_that_there_is() -> None:
+    for file in FILES:
+        for line in (conf_dir() / file).read_text().splitlines():
+            if line.startswith("ckpt_path:"):
+                assert "last: " in line, file
+                assert "best: " in line, file
+    said = (conf_dir() / "sweep" / "default.yaml").read_text()
+    assert f"{', '.join(USUAL_METRICS[:-1])} or {USUAL_METRICS[-1]}" in said
 
 
 def test_defaults_of_sweeps_in_yaml_are_those_in_python() -> None:

@@ -30,6 +30,10 @@ GIVEN = ["model.path=a-model", "data.path=rows.jsonl"]
             ["algorithm.reference_free=true", "model.reference=another"],
             r"model.reference = 'another': must be null with algorithm.reference_free=true",
         ),
+        (
+            ["adapter=lora", "model.adapter.dropout=0.1"],
+            r"model.adapter.dropout = 0.1: must be 0: policy and reference are compared without dropout",
+        ),
         (["algorithm.sft_coef=-1"], r"algorithm.sft_coef = -1.*: must be greater than or equal to 0"),
         (
             ["data.margin_key=score"],

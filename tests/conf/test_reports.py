@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import pytest
 from omegaconf import OmegaConf
@@ -45,6 +46,8 @@ def report(*overrides: str) -> str:
         ("algorithm.dual_clip=1", "algorithm.dual_clip = 1: must be greater than 1"),
         ("algorithm.betas=[0.9,2.0]", "algorithm.betas (item 1) = 2.0: must be less than 1"),
         ("algorithm.betas=[0.9]", "algorithm.betas.1: required, but not given"),
+        ("algorithm.kl_coef=inf", "algorithm.kl_coef = inf: must be a finite number"),
+        ("algorithm.overlong_penalty=nan", "algorithm.overlong_penalty = nan: must be a finite number"),
         ("rollout.temperature=0", "rollout.temperature = 0: must be greater than 0"),
         ("rollout.top_p=0", "rollout.top_p = 0: must be greater than 0"),
         ("rollout.top_p=1.1", "rollout.top_p = 1.1: must be less than or equal to 1"),
@@ -80,6 +83,18 @@ def test_wrong_value_is_named_with_what_is_allowed(override: str, line: str) -> 
         (["algorithm.minibatch_size=5"], "algorithm.minibatch_size = 5: must divide the rollout batch of 8"),
         (["algorithm.minibatch_size=12"], "algorithm.minibatch_size = 12: must divide the rollout batch of 8"),
         (["algorithm.kl_coef=0", "algorithm.kl_target=6.0"], "must be above 0 when kl_target is set"),
+        (
+            ["roles.critic.zero_stage=0", "trainer.precision=bf16-true"],
+            "roles.critic.zero_stage = 0: has no fp32 master weights for bf16-true: use 1",
+        ),
+        (
+            ["algorithm.kl_target=6.0", "data.batch_size=512", "algorithm.kl_horizon=100"],
+            "algorithm.kl_horizon = 100: must be above 102.4, a fifth of an iteration's 512 responses",
+        ),
+        (
+            ["adapter=lora", "model.adapter.dropout=0.1"],
+            "model.adapter.dropout = 0.1: PPO sets every dropout of a model by its role: use roles.actor.dropout",
+        ),
         (
             ["algorithm.old_logprobs=rollout", "algorithm.importance_cap=2.0"],
             "algorithm.importance_cap = 2.0 with old_logprobs='rollout': compares the rollout's log-probs with "
@@ -185,6 +200,24 @@ def test_key_of_another_recipe_is_unknown() -> None:
 def test_unknown_choice_of_a_group_lists_the_choices() -> None:
     with pytest.raises(ConfigError, match=r"trainer=gpux: no such choice\. Did you mean 'gpu'\? There are: auto"):
         compose_run("ppo", PPORun, ["trainer=gpux"])
+
+
+@pytest.mark.parametrize(
+    ("recipe", "schema", "override", "said"),
+    [
+        ("ppo", PPORun, "algorithm=dpo", r"algorithm=dpo is for lightning-hybrid dpo, not for ppo, which has: cispo, "),
+        ("sft", SFTRun, "algorithm=grpo", r"algorithm=grpo is for lightning-hybrid ppo, not for sft, which has: sft$"),
+        (
+            "sft",
+            SFTRun,
+            "experiment=quickstart/reward",
+            r"experiment=quickstart/reward is for lightning-hybrid reward,",
+        ),
+    ],
+)
+def test_a_choice_for_another_recipe_names_that_one(recipe: str, schema: Any, override: str, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        compose_run(recipe, schema, [*NEEDED[:2], override])
 
 
 @pytest.mark.parametrize("overrides", [["rollout.temperature=0.7"], ["rollout.top_p=0.9"], ["rollout.min_p=0.1"]])

@@ -162,6 +162,9 @@ def test_defaults_in_yaml_are_the_defaults_in_python(name: str) -> None:
     assert run.strategy == type(run.strategy)()
     assert run.callbacks == type(run.callbacks)()
     assert run.logger == type(run.logger)()
+    assert run.data == type(run.data)(path="rows.jsonl")
+    if isinstance(run, PPORun):
+        assert run.ptx == type(run.ptx)()
 
 
 @pytest.mark.parametrize(

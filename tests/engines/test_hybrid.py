@@ -180,5 +180,7 @@ def test_offload_needs_no_compiled_optimizer() -> None:
 
 
 def test_a_config_that_deepspeed_trains_wrong_is_refused() -> None:
+    policy = tiny_policy()
+    optimizer = torch.optim.AdamW(policy.parameters())
     with pytest.raises(StrategyError, match="ZeRO stage 0 with fp16"):
-        engine_config(stage=0, precision="16-mixed")
+        build_engine(policy, optimizer, engine_config(stage=0, precision="16-mixed"))

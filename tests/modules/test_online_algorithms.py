@@ -12,7 +12,7 @@ import torch
 
 from lightning_hybrid import HybridDeepSpeedStrategy, PPOModule, RolloutConfig
 from lightning_hybrid.algorithms import ALGORITHMS, DAPOConfig, GRPOConfig, OnlineConfig, PPOConfig
-from lightning_hybrid.config import RolesConfig, TrainedRoleConfig
+from lightning_hybrid.config import AdapterConfig, FrozenRoleConfig, RolesConfig, TrainedRoleConfig
 from lightning_hybrid.data.task import build_tokenizer
 from lightning_hybrid.errors import ConfigError
 from tests.helpers import quiet_trainer, tiny_policy, weights_of
@@ -136,6 +136,20 @@ def test_dynamic_sampling_goes_on_until_enough_groups_tell_something() -> None:
     assert module.last_rollout.tokens.shape[0] == 6
 
 
+@pytest.mark.filterwarnings("ignore:all 3 groups of iteration")
+def test_groups_whose_scores_differ_only_beyond_the_clip_tell_nothing() -> None:
+    module = online(of("dapo", groups=3, group_size=2, reward_clip=1.0), reward=lambda p, r: [5.0, 6.0] * (len(r) // 2))
+    row = fit(module, steps=1)[0]
+    assert row["rollout/samples_drawn"] == 2 * 8
+    assert row["rollout/uninformative_groups"] == 1.0
+
+
+def test_without_groups_equal_scores_are_no_reason_to_warn() -> None:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", ".*equal scores")
+        fit(online(of("reinforce_plus_plus"), reward=lambda p, r: [0.0] * len(r)), steps=1)
+
+
 def test_where_the_batch_is_at_its_end_the_iteration_fills_up_with_what_there_is() -> None:
     module = online(of("dapo", groups=3, group_size=2), reward=InformativeFrom(7, 2))
     row = fit(module, steps=1)[0]
@@ -180,6 +194,13 @@ def test_each_model_may_have_its_own_stage_dropout_and_checkpointing() -> None:
     assert {part.attention_dropout for part in module.critic.modules() if hasattr(part, "attention_dropout")} == {0.1}
 
 
+def test_a_frozen_model_may_be_copied_to_every_rank_in_low_precision() -> None:
+    module = online(of("grpo", kl_coef=0.1), roles=RolesConfig(reference=FrozenRoleConfig(zero_stage=0)))
+    trainer = quiet_trainer("hybrid_deepspeed", max_steps=1, precision="bf16-true", callbacks=[history := History()])
+    trainer.fit(module, prompts(rows=8, batch_size=8))
+    assert history.rows[0]["policy/kl"] == pytest.approx(0.0, abs=0.1)
+
+
 def test_gradient_checkpointing_computes_the_same_update() -> None:
     plain, twice = (
         online(of("grpo"), roles=RolesConfig(actor=TrainedRoleConfig(gradient_checkpointing=again)))
@@ -191,8 +212,14 @@ def test_gradient_checkpointing_computes_the_same_update() -> None:
 
 
 def test_what_an_algorithm_has_no_use_for_is_refused() -> None:
-    with pytest.raises(ConfigError, match="critic was given, but 'grpo' has none"):
+    with pytest.raises(ConfigError, match="critic was given, but 'grpo' has no critic"):
         online(GRPOConfig(), critic="a-model")
+    with pytest.raises(ConfigError, match="critic_adapter was given, but 'grpo' has no critic: leave it out, or use"):
+        online(GRPOConfig(), critic_adapter=AdapterConfig())
+    with pytest.raises(ConfigError, match=r"roles\.critic was given, but 'grpo' has no critic"):
+        online(GRPOConfig(), roles=RolesConfig(critic=TrainedRoleConfig(dropout=0.1)))
+    with pytest.raises(ConfigError, match="reward_tokenizer belongs to a reward model .*, and reward is function"):
+        online(GRPOConfig(), reward_tokenizer=build_tokenizer())
     with pytest.raises(ConfigError, match="reference was given, but DAPOConfig has reference=False"):
         online(DAPOConfig(), reference="a-model")
     with pytest.raises(ConfigError, match=r"the PTX loss needs ptx, its texts, with ptx_coef=0\.5"):

@@ -184,6 +184,11 @@ def test_normalized_scores_have_unit_deviation() -> None:
     assert ppo.score_moments.std > 10
 
 
+def test_scores_that_are_all_equal_stay_as_they_are_when_normalized() -> None:
+    row = fit(module(reward=lambda p, r: [0.25] * len(r), normalize_reward=True), steps=1)[0]
+    assert row["reward/entered"] == 0.25
+
+
 @pytest.mark.parametrize("stage", [0, 3])
 def test_other_stages_learn_alike(stage: int) -> None:
     rows = fit(module(), steps=3, strategy=HybridDeepSpeedStrategy(stage=stage))

@@ -75,6 +75,14 @@ def test_equal_rewards_normalize_to_zero() -> None:
     assert running.normalize(torch.full((2,), 2.0)).tolist() == [0.0, 0.0]
 
 
+def test_numbers_that_are_all_equal_are_not_scaled_up() -> None:
+    running = RunningMoments()
+    running.update(*moments(torch.full((64,), 0.1)).tolist())
+    assert running.scale == 1.0
+    running.update(*moments(torch.tensor([1e-3, 0.2])).tolist())
+    assert running.scale == running.std < 0.1
+
+
 def test_running_moments_go_on_from_a_checkpoint() -> None:
     running, restored = RunningMoments(), RunningMoments()
     running.update(*moments(torch.tensor([1.0, 2.0, 6.0])).tolist())

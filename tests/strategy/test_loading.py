@@ -11,7 +11,7 @@ from torch import nn
 
 from lightning_hybrid import HybridDeepSpeedStrategy
 from lightning_hybrid.engines import backward, build_engine, cast_parameters, discard_gradients, engine_config
-from lightning_hybrid.errors import StrategyError
+from lightning_hybrid.errors import CheckpointError, StrategyError
 from tests.helpers import Regression, quiet_trainer, random_batches, weights_of
 
 
@@ -58,6 +58,41 @@ def test_saving_after_fit_is_refused_because_the_engines_are_gone(tmp_path: Path
     trainer.fit(Regression(), random_batches(), random_batches(seed=2))
     with pytest.raises(StrategyError, match="engines exist only during fit; use ModelCheckpoint, or HFExport"):
         trainer.save_checkpoint(tmp_path / "late.ckpt")
+
+
+class WithTemperature(Regression):
+    """Holds a buffer that no engine has."""
+
+    def __init__(self, name: str = "temperature") -> None:
+        super().__init__()
+        self.register_buffer(name, torch.tensor(2.0))
+
+
+@pytest.mark.parametrize("evaluate", [True, False])
+def test_what_is_outside_all_engines_is_loaded_and_refused_where_it_is_of_another_module(
+    evaluate: bool, tmp_path: Path
+) -> None:
+    keep = ModelCheckpoint(dirpath=tmp_path, save_last=True)
+    trained = WithTemperature()
+    trained.temperature.fill_(3.0)
+    quiet_trainer("hybrid_deepspeed", max_epochs=1, callbacks=[keep], enable_checkpointing=True).fit(
+        trained, random_batches(), random_batches(seed=2)
+    )
+
+    def resume(module: Regression) -> None:
+        trainer, path = quiet_trainer("hybrid_deepspeed", max_epochs=2), str(tmp_path / "last.ckpt")
+        if evaluate:
+            trainer.validate(module, random_batches(), ckpt_path=path, verbose=False)
+        else:
+            trainer.fit(module, random_batches(), random_batches(seed=2), ckpt_path=path)
+
+    same, other = WithTemperature(), WithTemperature("scale")
+    resume(same)
+    assert float(same.temperature) == 3.0
+    with pytest.raises(CheckpointError, match=r"it lacks \['scale'\], and has \['temperature'\] beside"):
+        resume(other)
+    other.strict_loading = False
+    resume(other)
 
 
 def test_casting_leaves_buffers_as_they_are() -> None:
