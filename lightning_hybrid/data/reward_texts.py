@@ -11,6 +11,7 @@ from lightning_hybrid.data.conversation import Text, Turn
 from lightning_hybrid.data.encoding import AnswerEncoder
 from lightning_hybrid.data.templates import Chat, SystemTurns, TemplateRefusal, Turns, as_turns
 from lightning_hybrid.data.tokenizing import encode_segments, encode_texts, with_bos, with_eos
+from lightning_hybrid.errors import ConfigError
 from lightning_hybrid.models import end_of_turn_id
 
 if TYPE_CHECKING:
@@ -47,8 +48,19 @@ class RewardTexts:
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase) -> RewardTexts:
-        """What :meth:`keep` kept."""
-        return cls(**tokenizer.init_kwargs.get(KEY, {}))
+        """What :meth:`keep` kept.
+
+        Raises:
+            ConfigError: If somebody else changed it.
+        """
+        kept = tokenizer.init_kwargs.get(KEY, {})
+        try:
+            return cls(**kept)
+        except TypeError as error:
+            raise ConfigError(
+                f"{KEY!r} in tokenizer_config.json of '{tokenizer.name_or_path}' is not what the recipe reward wrote: "
+                f"{error}; take it from the model's original folder, or remove it"
+            ) from error
 
     def keep(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Write it down in the tokenizer, which takes it along wherever it is saved."""

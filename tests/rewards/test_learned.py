@@ -14,7 +14,7 @@ from lightning_hybrid.callbacks import HFExport
 from lightning_hybrid.config import ClassifierConfig, RewardConfig
 from lightning_hybrid.data import PreferenceDataModule, PromptDataModule
 from lightning_hybrid.data.templates import TURNS, use_template
-from lightning_hybrid.errors import RewardError
+from lightning_hybrid.errors import ConfigError, RewardError
 from lightning_hybrid.models import (
     ScalarModel,
     build_policy,
@@ -28,7 +28,7 @@ from lightning_hybrid.modules.scoring import reward_scores
 from lightning_hybrid.rewards import CachedReward, LearnedReward
 from lightning_hybrid.rewards.cache import MemoryStore
 from lightning_hybrid.rewards.classifier import load_classifier
-from tests.helpers import TINY_LLAMA, quiet_trainer
+from tests.helpers import TINY_LLAMA, quiet_trainer, tiny_policy
 from tests.rewards.chats import byte_pairs, said
 from tests.rewards.classifiers import save_classifier
 from tests.rewards.test_classifier import plain_logits
@@ -197,3 +197,12 @@ def test_what_was_noted_in_training_is_exported_with_the_tokenizer(tmp_path: Pat
     tokenizer = byte_pairs(False)
     (ids,) = reward.prepare(["the answer is "], ["good"])
     assert ids == [*tokenizer("the answer is ")["input_ids"], *tokenizer("good")["input_ids"], tokenizer.eos_token_id]
+
+
+def test_a_note_that_somebody_changed_is_refused_with_its_name() -> None:
+    tokenizer = byte_pairs()
+    tokenizer.init_kwargs["reward_texts"] = {"shapes": ["whole"]}
+    with pytest.raises(
+        ConfigError, match="'reward_texts' in tokenizer_config.json .* is not what the recipe reward wrote"
+    ):
+        LearnedReward(scalar_from_policy(tiny_policy()), tokenizer)
