@@ -44,6 +44,7 @@ from lightning_hybrid.config.roles import FrozenRoleConfig, RolesConfig, Trained
 from lightning_hybrid.config.roots import QuickstartRun, RewardRun, Run, SFTRun, StageOverrides
 from lightning_hybrid.config.sweep import SweepConfig
 from lightning_hybrid.config.validate import validate
+from lightning_hybrid.config.vllm import VLLMConfig
 from lightning_hybrid.settings import Settings
 
 __all__ = [
@@ -98,6 +99,7 @@ __all__ = [
     "TrainedRoleConfig",
     "TrainerConfig",
     "UnpairedDataConfig",
+    "VLLMConfig",
     "WeightedTermConfig",
     "validate",
 ]

@@ -7,6 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
 from lightning_hybrid.config.adapters import AdapterConfig
+from lightning_hybrid.config.vllm import VLLMConfig
 from lightning_hybrid.settings import Problem, Rule, Settings
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -79,13 +80,21 @@ def _response_lengths_are_ordered(config: RolloutConfig) -> Problem | None:
     return Problem("min_new_tokens", remedy, str(config.min_new_tokens))
 
 
+def _vllm_ends_at_tokens(config: RolloutConfig) -> Problem | None:
+    if config.backend != "vllm" or not config.stop:
+        return None
+    remedy = "the backend vllm ends responses at tokens only: use backend=native, or an end-of-text token"
+    return Problem("stop", remedy, repr(config.stop))
+
+
 class RolloutConfig(Settings):
     """How responses are sampled."""
 
-    rules: ClassVar[tuple[Rule, ...]] = (_response_lengths_are_ordered,)
+    rules: ClassVar[tuple[Rule, ...]] = (_response_lengths_are_ordered, _vllm_ends_at_tokens)
 
-    backend: Literal["native", "deepspeed", "hf"] = "native"
-    """what generates: native (containers over the trained weights), hf (`generate`), deepspeed (says why it cannot)"""
+    backend: Literal["native", "deepspeed", "hf", "vllm"] = "native"
+    """what generates: native (containers over the trained weights), hf (`generate`), vllm (engines that sleep while \
+the ranks train), deepspeed (says why it cannot)"""
     max_new_tokens: PositiveInt = 64
     """tokens that a response may have"""
     min_new_tokens: NonNegativeInt = 0
@@ -104,6 +113,8 @@ class RolloutConfig(Settings):
     """texts that end a response, beside the end-of-text token; the token that completes one is kept"""
     max_tokens_in_flight: PositiveInt | None = None
     """prompt and response tokens that the KV cache holds at once; null for a share of the free memory"""
+    vllm: VLLMConfig = Field(default_factory=VLLMConfig)
+    """engines of the backend vllm"""
 
 
 class HybridEngineConfig(Settings):

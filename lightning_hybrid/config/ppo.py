@@ -95,6 +95,14 @@ def _low_precision_needs_master_weights(run: PPORun) -> Problem | None:
     return None
 
 
+def _vllm_engines_come_out_even(run: PPORun) -> Problem | None:
+    ranks = ranks_of(run.trainer)
+    if run.rollout.backend != "vllm" or ranks is None:
+        return None
+    problem = run.rollout.vllm.problem_with(ranks)
+    return None if problem is None else Problem("rollout.vllm", problem)
+
+
 def _overlong_buffer_fits_responses(run: PPORun) -> Problem | None:
     buffer, longest = run.algorithm.overlong_buffer, run.rollout.max_new_tokens
     if buffer is None or buffer < longest:
@@ -148,7 +156,7 @@ def rollout_lacks_old_logprobs(rollout: RolloutConfig) -> str | None:
     PPO's are at the rollout's temperature, over all tokens. A rollout knows those at temperature 1, and those under the
     distribution that it drew from, which are the same thing only where the temperature alone shaped it.
     """
-    if rollout.temperature == 1.0:
+    if rollout.temperature == 1.0 and rollout.backend != "vllm":
         return None
     shapes = {
         "top_k": (rollout.top_k, 0),
@@ -216,6 +224,7 @@ class PPORun(Run):
         _groups_come_from_the_batch,
         _kl_is_controlled_in_small_steps,
         _dropout_is_the_roles,
+        _vllm_engines_come_out_even,
         _low_precision_needs_master_weights,
         _rollout_fits_workspace,
         _rollout_knows_old_logprobs,

@@ -1,6 +1,6 @@
 """One DeepSpeed engine per role. ``engines.hybrid`` needs DeepSpeed and is imported where it is used."""
 
-from lightning_hybrid.engines.build import build_engine, build_evaluation_engine, cast_parameters
+from lightning_hybrid.engines.build import build_engine, build_evaluation_engine, cast_parameters, config_dtype
 from lightning_hybrid.engines.config import engine_config
 from lightning_hybrid.engines.environment import prepare_deepspeed
 from lightning_hybrid.engines.gather import gathered, is_sharded
@@ -13,6 +13,7 @@ __all__ = [
     "build_engine",
     "build_evaluation_engine",
     "cast_parameters",
+    "config_dtype",
     "discard_gradients",
     "engine_config",
     "gathered",

@@ -21,7 +21,6 @@ from lightning_hybrid.export.folder import reason_to_keep, refuse_to_replace, wr
 from lightning_hybrid.export.weights import (
     SHARD_BYTES,
     Slot,
-    as_published,
     converted,
     gathered_values,
     slots_of,
@@ -29,7 +28,7 @@ from lightning_hybrid.export.weights import (
 )
 from lightning_hybrid.models import Policy, ScalarModel, base_of, end_of_text_ids
 from lightning_hybrid.models.adapter_folder import is_adapter_folder
-from lightning_hybrid.models.merging import Entry, adapter_entries, merged_entries, reason_not_merged
+from lightning_hybrid.models.merging import Entry, adapter_entries, as_published, merged_entries, reason_not_merged
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -133,20 +133,6 @@ def on_host(tensor: Any, *, keep: bool) -> Tensor | None:
 
 def _copied(tensor: Tensor) -> Tensor:
     return tensor.detach().to("cpu", copy=True)
-
-
-def as_published(model: Any, entries: list[Entry]) -> list[Entry] | None:
-    """The entries under the names that the model's family is published with; None where tensors differ, too.
-
-    Transformers builds some families (mixtures of experts above all) from other tensors than their folders hold.
-    """
-    from transformers.core_model_loading import revert_weight_conversion
-
-    shapes = {entry.name: torch.empty(entry.shape, dtype=entry.dtype, device="meta") for entry in entries}
-    names = {id(tensor): name for name, tensor in revert_weight_conversion(model, dict(shapes)).items()}
-    if names.keys() != {id(tensor) for tensor in shapes.values()}:
-        return None
-    return [replace(entry, name=names[id(shapes[entry.name])]) for entry in entries]
 
 
 def converted(model: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

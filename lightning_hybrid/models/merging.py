@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -48,7 +48,7 @@ class Entry:
 
 
 def merged_entries(model: Any) -> list[Entry]:
-    """Every tensor of the plain model: adapters are added in float32, and the sum is rounded once.
+    """Every tensor of the plain model: adapters that are on are added in float32, and the sum is rounded once.
 
     Args:
         model: a Hugging Face model, or peft's around one.
@@ -104,7 +104,8 @@ def _entry(base: Any, name: str, tensors: dict[str, Tensor]) -> Entry | None:
     head, found, tail = name.partition(".base_layer.")
     if found:
         layer, plain = base.get_submodule(head), f"{head}.{tail}"
-        merges = tail == "weight" and any(key in layer.lora_A for key in layer.active_adapters)
+        active = () if layer.disable_adapters else layer.active_adapters
+        merges = tail == "weight" and any(key in layer.lora_A for key in active)
         return _merged(plain, layer, tensors[name]) if merges else _plain(plain, tensors[name])
     head, found, tail = name.partition(".modules_to_save.")
     if found:
@@ -155,6 +156,20 @@ def merged_weight(parts: Sequence[Tensor], scale: float, transposed: bool = Fals
 def shape_of(tensor: Any) -> tuple[int, ...]:
     """A tensor's whole shape, also where it is a ZeRO-3 parameter."""
     return tuple(getattr(tensor, "ds_shape", tensor.shape))
+
+
+def as_published(model: Any, entries: list[Entry]) -> list[Entry] | None:
+    """The entries under the names that the model's family is published with; None where tensors differ, too.
+
+    Transformers builds some families (mixtures of experts above all) from other tensors than their folders hold.
+    """
+    from transformers.core_model_loading import revert_weight_conversion
+
+    shapes = {entry.name: torch.empty(entry.shape, dtype=entry.dtype, device="meta") for entry in entries}
+    names = {id(tensor): name for name, tensor in revert_weight_conversion(model, dict(shapes)).items()}
+    if names.keys() != {id(tensor) for tensor in shapes.values()}:
+        return None
+    return [replace(entry, name=names[id(shapes[entry.name])]) for entry in entries]
 
 
 def _without_ties(entries: list[Entry], tied: dict[str, str]) -> list[Entry]:

@@ -91,7 +91,8 @@ class OldLogprobSource:
 
     def __init__(self, config: OnlineConfig, rollout: RolloutConfig) -> None:
         self.config = config
-        self.at_one = rollout.temperature == 1.0
+        # vLLM knows those of the distribution that it drew from, and no others.
+        self.at_one = rollout.temperature == 1.0 and rollout.backend != "vllm"
         obstacle = rollout_lacks_old_logprobs(rollout)
         if obstacle is not None and config.old_logprobs == "rollout":
             raise ConfigError(f"old_logprobs='rollout' is not possible: {obstacle}; use recompute or auto")

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from lightning_hybrid.algorithms import GroupConfig, OnlineConfig, PPOConfig
 from lightning_hybrid.config import AdapterConfig, EvaluationConfig, RolesConfig, RolloutConfig
 from lightning_hybrid.data import InstructionDataModule
+from lightning_hybrid.engines import config_dtype
 from lightning_hybrid.engines.agreement import on_every_rank
 from lightning_hybrid.errors import ConfigError, RolloutError
 from lightning_hybrid.models import Policy, ScalarModel, end_of_text_ids, max_positions, with_adapter
@@ -32,7 +33,7 @@ from lightning_hybrid.modules.scoring import moments_with
 from lightning_hybrid.modules.update import PPOUpdate
 from lightning_hybrid.rewards import RewardCallable
 from lightning_hybrid.rl import RunningMoments
-from lightning_hybrid.rollout import Rollout, make_backend
+from lightning_hybrid.rollout import Rollout, RolloutBackend, make_backend
 from lightning_hybrid.strategy import EngineSpec, HybridDeepSpeedStrategy
 from lightning_hybrid.strategy.residency import Residency
 
@@ -120,8 +121,8 @@ class PPOModule(L.LightningModule):
         self.phases, self.validation_phases = Phases(), Phases()
         self.evaluation = Evaluation(evaluation or EvaluationConfig())
         self.optimizer_steps = self._without_signal = 0
-        self._ends: list[int] | None = None
-        self._set_ends()
+        self._ends = end_of_text_ids(self.actor.model, self.tokenizer)
+        self.backend = self._make_backend()
 
     @property
     def trained(self) -> list[str]:
@@ -151,18 +152,28 @@ class PPOModule(L.LightningModule):
     def setup(self, stage: str) -> None:
         """Look at what the data brings, read the texts of the PTX loss, and forget another run's prompts."""
         making.check_columns(self.reward, getattr(self.trainer, "datamodule", None))
-        self._set_ends()
+        self._prepare_backend()
         self.evaluation.forget()
         if self.ptx is not None and stage == "fit":
             self.ptx.setup(self)
 
-    def _set_ends(self) -> None:
-        """Let rollouts end where the model, its tokenizer and the chat template say, which data may bring later."""
-        ends = end_of_text_ids(self.actor.model, self.tokenizer)
+    def teardown(self, stage: str) -> None:
+        """Give back what generates beside the model."""
+        self.backend.close()
+
+    def _make_backend(self) -> RolloutBackend:
+        pad = self.tokenizer.pad_token_id
+        return make_backend(self.rollout_config, self._ends, 0 if pad is None else pad, self.tokenizer)
+
+    def _prepare_backend(self) -> None:
+        """Let rollouts end where the model, its tokenizer and the chat template say, which data may have brought."""
+        ends, strategy = end_of_text_ids(self.actor.model, self.tokenizer), self.trainer.strategy
         if ends != self._ends:
-            pad = self.tokenizer.pad_token_id
+            self.backend.close()
             self._ends = ends
-            self.backend = make_backend(self.rollout_config, ends, 0 if pad is None else pad, self.tokenizer)
+            self.backend = self._make_backend()
+        if isinstance(strategy, HybridDeepSpeedStrategy):
+            self.backend.prepare(self.actor.model, strategy.root_device, config_dtype(strategy.engine_config()))
 
     def configure_engines(self) -> dict[str, EngineSpec]:
         """A hybrid engine for the actor, a plain one for the critic, evaluation engines for what is frozen."""

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
+
+import torch
 
 from lightning_hybrid.generation import Rollout, join, pad_left
 
@@ -18,12 +21,28 @@ BACKENDS = {
     "native": ("lightning_hybrid.rollout.native", "NativeRollout"),
     "deepspeed": ("lightning_hybrid.rollout.deepspeed", "DeepSpeedRollout"),
     "hf": ("lightning_hybrid.rollout.hf", "HFRollout"),
+    "vllm": ("lightning_hybrid.rollout.vllm", "VLLMRollout"),
 }
 
 
-class RolloutBackend(Protocol):
+class RolloutBackend(ABC):
     """What generates."""
 
+    def prepare(self, model: Any, device: torch.device, dtype: torch.dtype) -> None:
+        """Take what is needed beside the model, before training takes the device's memory; all ranks call it.
+
+        Args:
+            model: the causal LM that will generate.
+            device: of this rank.
+            dtype: that the model will have.
+        """
+        return
+
+    def close(self) -> None:
+        """Give it back."""
+        return
+
+    @abstractmethod
     def generate(
         self,
         engine: Any,
@@ -37,7 +56,6 @@ class RolloutBackend(Protocol):
 
         ``seed`` is the same on all ranks; ``indices`` number the prompts over all of them.
         """
-        ...
 
 
 def make_backend(config: RolloutConfig, eos_ids: Sequence[int], pad_id: int, tokenizer: Any = None) -> RolloutBackend:

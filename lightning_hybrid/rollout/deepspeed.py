@@ -18,6 +18,7 @@ from torch import nn
 from lightning_hybrid.config import RolloutConfig
 from lightning_hybrid.errors import RolloutError
 from lightning_hybrid.models import base_of
+from lightning_hybrid.rollout import RolloutBackend
 
 # By decoder layer: families that DeepSpeed has a policy for and still cannot inject.
 BROKEN_POLICIES = {
@@ -44,7 +45,7 @@ FOREIGN_CACHE = (
 )
 
 
-class DeepSpeedRollout:
+class DeepSpeedRollout(RolloutBackend):
     """Refuse to generate, with the reason; takes what every backend takes."""
 
     def __init__(self, config: RolloutConfig, eos_ids: Sequence[int], pad_id: int, tokenizer: Any = None) -> None:

@@ -20,10 +20,11 @@ from lightning_hybrid.config import RolloutConfig
 from lightning_hybrid.engines import is_sharded
 from lightning_hybrid.generation import Rollout, Sampler, SamplingParams, StopTexts, check_prompts, pad_left
 from lightning_hybrid.models import base_of, max_positions
+from lightning_hybrid.rollout import RolloutBackend
 from lightning_hybrid.rollout.params import sampling_params
 
 
-class HFRollout:
+class HFRollout(RolloutBackend):
     """Sample responses with Hugging Face's ``generate``.
 
     All rows are computed until the last one ends, and a response depends on its neighbours' random numbers: this is the

@@ -9,11 +9,12 @@ from lightning_hybrid.config import RolloutConfig
 from lightning_hybrid.containers import reason_without_container
 from lightning_hybrid.engines import gathered
 from lightning_hybrid.generation import Rollout, generate, warn_without_container
+from lightning_hybrid.rollout import RolloutBackend
 from lightning_hybrid.rollout.hf import HFRollout
 from lightning_hybrid.rollout.params import sampling_params
 
 
-class NativeRollout:
+class NativeRollout(RolloutBackend):
     """Sample responses with the containers' decode loop; a model without a container with its own ``generate``.
 
     Args:

@@ -1,0 +1,164 @@
+"""Rollouts by vLLM engines that live in the ranks, and sleep while these train."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, TypeVar
+
+import torch
+from lightning.pytorch.utilities.seed import isolate_rng
+from lightning_utilities.core.rank_zero import rank_zero_warn
+
+from lightning_hybrid.config import RolloutConfig
+from lightning_hybrid.containers import Shard
+from lightning_hybrid.engines.agreement import number_of_ranks, of_all_ranks, on_every_rank
+from lightning_hybrid.engines.tensor_parallel import GroupPrompts, gather_prompts, tensor_parallel_shard
+from lightning_hybrid.errors import ConfigError, LightningHybridError, RolloutError
+from lightning_hybrid.generation import Rollout, SamplingParams, check_prompts
+from lightning_hybrid.models import base_of
+from lightning_hybrid.rollout import RolloutBackend
+from lightning_hybrid.rollout.params import sampling_params
+from lightning_hybrid.rollout.vllm.engine import SleepingEngine
+from lightning_hybrid.rollout.vllm.requests import rollout_of, sampling_of
+from lightning_hybrid.rollout.vllm.startup import end_engine, import_vllm, start_engine
+from lightning_hybrid.rollout.vllm.weights import WeightStream
+
+T = TypeVar("T")
+
+
+class VLLMRollout(RolloutBackend):
+    """Sample responses with vLLM: one engine for each group of ``vllm.tensor_parallel_size`` ranks, inside them.
+
+    Before it generates, an engine is given the trained weights, where they have changed since the last time. An engine
+    that fails is started anew, once for each rollout; the same again stops the run.
+
+    Args:
+        config: lengths, sampling, and of the engines.
+        eos_ids: ids that end a response.
+        pad_id: id to pad with.
+        tokenizer: as every backend is given it.
+    """
+
+    def __init__(self, config: RolloutConfig, eos_ids: Sequence[int], pad_id: int, tokenizer: Any = None) -> None:
+        self.config = config
+        self.eos_ids = tuple(eos_ids)
+        self.pad_id = pad_id
+        self.engine: SleepingEngine | None = None
+        self._shard = Shard()
+        self._device, self._dtype = torch.device("cpu"), torch.float32
+
+    def prepare(self, model: Any, device: torch.device, dtype: torch.dtype) -> None:
+        """Start this rank's engine, which then sleeps; before training takes the device's memory. All ranks call it.
+
+        Args:
+            model: the causal LM that will generate.
+            device: of this rank.
+            dtype: of the engine's weights.
+
+        Raises:
+            ConfigError: on every rank, where an engine cannot be started.
+        """
+        self.close()
+        problem = self.config.vllm.problem_with(number_of_ranks())
+        if problem is not None:
+            raise ConfigError(f"rollout.vllm: {problem}")
+        if self.config.vllm.tensor_parallel_size > 1:
+            self._shard = tensor_parallel_shard(self.config.vllm.tensor_parallel_size)
+        self._device, self._dtype = device, dtype
+        self.engine = on_every_rank(
+            lambda: start_engine(model, self.config.vllm, device, dtype), "starting vLLM", ConfigError
+        )
+
+    def close(self) -> None:
+        """End this rank's engine."""
+        engine, self.engine = self.engine, None
+        if engine is not None:
+            end_engine(engine)
+
+    def generate(
+        self,
+        engine: Any,
+        prompts: Sequence[Sequence[int]],
+        seed: int,
+        greedy: bool = False,
+        indices: Sequence[int] | None = None,
+        n: int = 1,
+    ) -> Rollout:
+        """Sample ``n`` responses per prompt; see :class:`~lightning_hybrid.rollout.RolloutBackend`.
+
+        Log-probs of both kinds are those under the distribution that was drawn from.
+
+        Args:
+            engine: the engine that trains, whose weights are taken, or a bare causal LM.
+            prompts: token ids, at least one each.
+            seed: of the random streams, the same on all ranks.
+            greedy: take the most probable token instead of sampling.
+            indices: of the prompts, over all ranks: a response depends on them, not on the rank that draws it.
+            n: responses per prompt; they share one reading of it.
+
+        Raises:
+            RolloutError: on every rank, for a prompt that is empty or too long, or where an engine failed twice.
+        """
+        model = getattr(engine, "causal_lm", engine)
+        sampling = sampling_params(self.config, self.eos_ids, greedy, n)
+        if self.engine is None:
+            first = next(model.parameters())
+            self.prepare(model, first.device, first.dtype)
+        on_every_rank(lambda: self._check(model, prompts, sampling), "the rollout", RolloutError)
+        together = gather_prompts(prompts, indices, seed, sampling, self._shard)
+        rollout = self._attempts(model, lambda: self._generated(engine, model, together, sampling, seed))
+        if hasattr(engine, "timings"):
+            seconds = self._engine.seconds
+            waking = sum(value for name, value in seconds.items() if name != "generate")
+            engine.timings.add_generation(len(prompts) * n, waking, seconds["generate"])
+        return rollout.rows(together.begin * n, together.end * n)
+
+    @property
+    def _engine(self) -> SleepingEngine:
+        assert self.engine is not None
+        return self.engine
+
+    def _check(self, model: Any, prompts: Sequence[Sequence[int]], sampling: SamplingParams) -> None:
+        limit = int(self._engine.llm.llm_engine.model_config.max_model_len)
+        vocabulary = base_of(model).get_input_embeddings().num_embeddings
+        check_prompts(prompts, sampling, limit, "vLLM's", "tokens", vocabulary)
+
+    def _generated(
+        self, engine: Any, model: Any, together: GroupPrompts, sampling: SamplingParams, seed: int
+    ) -> Rollout:
+        rows = [prompt for prompt in together.prompts for _ in range(sampling.n)]
+        weights = partial(WeightStream, model)
+        # vLLM also draws from the streams that training goes on with.
+        with isolate_rng(), self._engine.awake(_version(engine, model), weights):
+            outputs = self._engine.generate(rows, sampling_of(import_vllm(), sampling, seed, together.indices))
+        return rollout_of(rows, outputs, self.eos_ids, self.pad_id, self._device)
+
+    def _attempts(self, model: Any, attempt: Callable[[], T]) -> T:
+        """What an attempt gives; where vLLM failed on a rank, of a second one with new engines on all ranks."""
+        result: T | Exception
+        try:
+            result = attempt()
+        except LightningHybridError:
+            raise
+        except Exception as error:
+            result = error
+        failed = {rank: said for rank, said in enumerate(of_all_ranks(_said(result))) if said is not None}
+        if not failed:
+            return result  # type: ignore[return-value]
+        listed = "; ".join(f"rank {rank}: {said}" for rank, said in failed.items())
+        rank_zero_warn(f"vLLM failed ({listed}): its engines are started anew, once")
+        self.prepare(model, self._device, self._dtype)
+        return on_every_rank(attempt, "vLLM, for the second time,", RolloutError)
+
+
+def _said(result: Any) -> str | None:
+    return f"{type(result).__name__}: {result}"[:1000] if isinstance(result, Exception) else None
+
+
+def _version(engine: Any, model: Any) -> object:
+    """What tells weights from those of another time; None for a bare model, of which nothing tells."""
+    if engine is model:
+        return None
+    off = any(getattr(layer, "disable_adapters", False) for layer in model.modules())
+    return id(engine), engine.global_steps, off

@@ -1,0 +1,100 @@
+"""The trained weights as vLLM loads them: whole, by their published names, a layer at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_hybrid.errors import RolloutError
+from lightning_hybrid.models import base_of
+from lightning_hybrid.models.merging import Entry, as_published, merged_entries
+
+
+class WeightStream:
+    """Name and tensor of each weight, once; adapters are merged on the way.
+
+    vLLM keeps what it was given until a layer is complete, and copies it then. So weights come layer by layer, each
+    layer gathered from its ZeRO-3 shards at once into memory of its own, which is free again when vLLM has copied it:
+    beyond the engine's own weights there is never more than one layer whole. All ranks go through all layers together.
+
+    Args:
+        model: the causal LM that is trained, or peft's around it.
+
+    Attributes:
+        largest_bytes: of the layers that were gathered so far, the largest.
+
+    Raises:
+        RolloutError: for adapters that cannot be merged, or a family that vLLM knows with other tensors.
+    """
+
+    def __init__(self, model: Any) -> None:
+        base = base_of(model)
+        entries = merged_entries(model)
+        published = as_published(base, entries)
+        if published is None:
+            raise RolloutError(
+                f"rollout.backend=vllm cannot load {type(base).__name__}: transformers holds it in other tensors than "
+                "it is published with; use rollout.backend=native or hf"
+            )
+        self._layers = [list(group) for _, group in groupby(published, key=_layer_of)]
+        self._places = {id(entry): place for place, entry in enumerate(published)}
+        self.largest_bytes = 0
+        self._iterator = self._weights()
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        return self._iterator
+
+    def drain(self) -> None:
+        """Go through what nobody asked for: the other ranks do, and wait for this one's shards."""
+        for _ in self._iterator:
+            pass
+
+    @torch.no_grad()
+    def _weights(self) -> Iterator[tuple[str, Tensor]]:
+        for layer in self._layers:
+            with _whole([part for entry in layer for part in entry.parts]) as sharded:
+                # What is gathered is given back; what is not is the trained tensor itself, which nobody writes to now.
+                values = [_value(entry, copied=sharded) for entry in layer]
+            self.largest_bytes = max(self.largest_bytes, sum(value.nbytes for value in values)) if sharded else 0
+            names = [entry.name for entry in layer]
+            while names:
+                yield names.pop(0), values.pop(0)
+
+
+def _layer_of(entry: Entry) -> str:
+    """Everything up to the first number in a name: `model.layers.3.`; alone for what is in no layer."""
+    head, number, _ = _split(entry.name)
+    return f"{head}.{number}" if number else entry.name
+
+
+def _split(name: str) -> tuple[str, str, str]:
+    parts = name.split(".")
+    at = next((place for place, part in enumerate(parts) if part.isdigit()), None)
+    return (name, "", "") if at is None else (".".join(parts[:at]), parts[at], ".".join(parts[at + 1 :]))
+
+
+def _value(entry: Entry, copied: bool) -> Tensor:
+    value = entry.value(lambda part: part.detach())
+    assert value is not None
+    shared = any(value.data_ptr() == part.data_ptr() for part in entry.parts)
+    return value.clone() if copied and shared else value
+
+
+@contextmanager
+def _whole(parts: Sequence[Tensor]) -> Iterator[bool]:
+    """Hold these tensors whole; whether any of them is a ZeRO-3 shard otherwise."""
+    if not any(hasattr(part, "ds_id") for part in parts):
+        yield False
+        return
+    import deepspeed
+    from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+
+    # Small ones are whole all the time.
+    sharded = [part for part in parts if getattr(part, "ds_status", None) == ZeroParamStatus.NOT_AVAILABLE]
+    with deepspeed.zero.GatheredParameters(sharded):
+        yield True
