@@ -87,10 +87,21 @@ def _vllm_ends_at_tokens(config: RolloutConfig) -> Problem | None:
     return Problem("stop", remedy, repr(config.stop))
 
 
+def _vllm_bounds_its_own_cache(config: RolloutConfig) -> Problem | None:
+    if config.backend != "vllm" or config.max_tokens_in_flight is None:
+        return None
+    remedy = "the backend vllm bounds its cache by vllm.gpu_memory_utilization or vllm.kv_cache_gib: leave it out"
+    return Problem("max_tokens_in_flight", remedy, str(config.max_tokens_in_flight))
+
+
 class RolloutConfig(Settings):
     """How responses are sampled."""
 
-    rules: ClassVar[tuple[Rule, ...]] = (_response_lengths_are_ordered, _vllm_ends_at_tokens)
+    rules: ClassVar[tuple[Rule, ...]] = (
+        _response_lengths_are_ordered,
+        _vllm_ends_at_tokens,
+        _vllm_bounds_its_own_cache,
+    )
 
     backend: Literal["native", "deepspeed", "hf", "vllm"] = "native"
     """what generates: native (containers over the trained weights), hf (`generate`), vllm (engines that sleep while \

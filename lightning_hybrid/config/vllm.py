@@ -10,13 +10,17 @@ from lightning_hybrid.settings import Problem, Rule, Settings
 
 # What the backend decides itself, for it could not keep its promises otherwise.
 OURS = {
+    "data_parallel_size": "there is an engine for each group of tensor_parallel_size ranks",
     "distributed_executor_backend": "engines run inside the ranks",
     "enable_sleep_mode": "set enable_sleep",
+    "generation_config": "how to draw is the rollout's",
     "gpu_memory_utilization": "set gpu_memory_utilization beside options",
     "kv_cache_memory_bytes": "set kv_cache_gib",
     "load_format": "weights come from the engine that trains",
     "logprobs_mode": "log-probs are those of the distribution drawn from",
+    "max_logprobs": "log-probs are those of the distribution drawn from",
     "model": "it is the policy",
+    "pipeline_parallel_size": "there is an engine for each group of tensor_parallel_size ranks",
     "seed": "each response has a seed of its own",
     "skip_tokenizer_init": "token ids go in and come out",
     "tensor_parallel_size": "set tensor_parallel_size beside options",

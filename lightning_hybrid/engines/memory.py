@@ -15,8 +15,13 @@ MIB = 2**20
 _PROCESS = Path("/proc/self")
 _UNITS = {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40, "PiB": 2**50}
 _ASKED_FOR = re.compile(rf"(?:tried|unable) to allocate ([\d.]+) ({'|'.join(_UNITS)})", re.IGNORECASE)
-# How torch says it on a CPU, where it has no type of its own, and how C++ and cuBLAS do.
-_SAID = ("DefaultCPUAllocator: can't allocate memory", "std::bad_alloc", "CUBLAS_STATUS_ALLOC_FAILED")
+# How torch says it on a CPU, where it has no type of its own, and how C++, cuBLAS and vLLM do.
+_SAID = (
+    "DefaultCPUAllocator: can't allocate memory",
+    "std::bad_alloc",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDA Error: out of memory",  # vLLM's own allocator
+)
 
 
 def resident_bytes(belongings: Sequence[Belonging], device: torch.device) -> dict[str, int]:

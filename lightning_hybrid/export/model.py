@@ -28,7 +28,14 @@ from lightning_hybrid.export.weights import (
 )
 from lightning_hybrid.models import Policy, ScalarModel, base_of, end_of_text_ids
 from lightning_hybrid.models.adapter_folder import is_adapter_folder
-from lightning_hybrid.models.merging import Entry, adapter_entries, as_published, merged_entries, reason_not_merged
+from lightning_hybrid.models.merging import (
+    Entry,
+    adapter_entries,
+    as_published,
+    merged_entries,
+    published_config,
+    reason_not_merged,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -179,13 +186,8 @@ def _write(
 
 
 def _write_config(folder: Path, base: Any, slots: Sequence[Slot], tokenizer: PreTrainedTokenizerBase) -> None:
-    config = copy.deepcopy(base.config)
-    config.dtype = str(base.dtype).removeprefix("torch.")
-    config.architectures = [type(base).__name__]
+    config = published_config(base, {slot.name for slot in slots})
     text = config.get_text_config()
-    written = {slot.name for slot in slots}
-    if any(name in written for name in getattr(base, "all_tied_weights_keys", None) or {}):
-        text.tie_word_embeddings = config.tie_word_embeddings = False  # an adapter on the head has set it apart
     if not base.can_generate() and text.pad_token_id is None:
         text.pad_token_id = tokenizer.pad_token_id  # by which a classifier finds each text's last token
     config.save_pretrained(folder)

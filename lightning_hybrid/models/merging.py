@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import copy
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -109,9 +110,13 @@ def _entry(base: Any, name: str, tensors: dict[str, Tensor]) -> Entry | None:
         return _merged(plain, layer, tensors[name]) if merges else _plain(plain, tensors[name])
     head, found, tail = name.partition(".modules_to_save.")
     if found:
-        adapter, _, inner = tail.partition(".")
-        return _plain(f"{head}.{inner}", tensors[name]) if adapter in base.get_submodule(head).active_adapters else None
-    if ".original_module." in name or ".lora_" in name:
+        (adapter, _, inner), wrapper = tail.partition("."), base.get_submodule(head)
+        used = adapter in wrapper.active_adapters and not wrapper.disable_adapters
+        return _plain(f"{head}.{inner}", tensors[name]) if used else None
+    head, found, tail = name.partition(".original_module.")
+    if found:
+        return _plain(f"{head}.{tail}", tensors[name]) if base.get_submodule(head).disable_adapters else None
+    if ".lora_" in name:
         return None
     return _plain(name, tensors[name])
 
@@ -156,6 +161,22 @@ def merged_weight(parts: Sequence[Tensor], scale: float, transposed: bool = Fals
 def shape_of(tensor: Any) -> tuple[int, ...]:
     """A tensor's whole shape, also where it is a ZeRO-3 parameter."""
     return tuple(getattr(tensor, "ds_shape", tensor.shape))
+
+
+def published_config(base: Any, names: Collection[str]) -> Any:
+    """The configuration of a folder, or an engine, with tensors of these names.
+
+    Args:
+        base: the model itself, without adapters around it.
+        names: of its tensors.
+    """
+    config = copy.deepcopy(base.config)
+    config.dtype = str(base.dtype).removeprefix("torch.")
+    config.architectures = [type(base).__name__]
+    if any(name in names for name in getattr(base, "all_tied_weights_keys", None) or {}):
+        # An adapter on the head has set it apart.
+        config.get_text_config().tie_word_embeddings = config.tie_word_embeddings = False
+    return config
 
 
 def as_published(model: Any, entries: list[Entry]) -> list[Entry] | None:

@@ -21,6 +21,9 @@ def models_run(module: PPOModule, phase: str) -> list[str] | None:
 
 def remedies(module: PPOModule, phase: str) -> list[str]:
     """What to do about a phase that ran out of memory, with the settings as they are."""
+    if phase == "rollout" and module.rollout_config.backend == "vllm":
+        share = module.rollout_config.vllm.gpu_memory_utilization
+        return [f"lower rollout.vllm.gpu_memory_utilization (now {share:g})", "let more sleep: strategy.sleep.*"]
     if phase == "rollout":
         in_flight, new = module.rollout_config.max_tokens_in_flight, module.rollout_config.max_new_tokens
         now = "null, a share of the free memory" if in_flight is None else in_flight

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from lightning_hybrid.rollout.vllm.engine import refresh_tied_head
+from lightning_hybrid.rollout.vllm.engine import take_weights
 from peers.base import Peer, why_not_importable
 from peers.measure import PeakMemory
 from peers.subject import Subject
@@ -41,9 +41,7 @@ class VLLM(Peer):
 
     def enter(self) -> None:
         """Copy the trained weights into vLLM's, all at once, and forget what was cached with the old ones."""
-        weights = {"weights_iterator": self.subject.causal_lm.named_parameters()}
-        self.llm.collective_rpc("reload_weights", kwargs=weights)
-        self.llm.collective_rpc(refresh_tied_head)
+        self.llm.collective_rpc(take_weights, kwargs={"weights": self.subject.causal_lm.named_parameters()})
         self.llm.reset_prefix_cache()
 
     def generate(self, workload: Workload, seed: int) -> list[list[int]]:

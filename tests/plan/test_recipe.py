@@ -39,5 +39,7 @@ def test_experiments_of_ppo_are_planned_as_they_are() -> None:
 
 
 def test_what_vllm_takes_is_not_known_and_said() -> None:
-    with pytest.raises(ConfigError, match="rollout.backend = 'vllm': the plan does not know what vLLM takes: plan with"):
+    with pytest.raises(
+        ConfigError, match="rollout.backend = 'vllm': the plan does not know what vLLM takes: plan with"
+    ):
         compose_run("plan", PlanRun, ["experiment=movie_sentiment/ppo", "rollout=vllm"])

@@ -14,12 +14,12 @@ from lightning_hybrid.config.run import compose_run
 from lightning_hybrid.errors import ConfigError, RolloutError
 from lightning_hybrid.models import with_adapter
 from lightning_hybrid.models.merging import merged_weight
-from lightning_hybrid.rollout.vllm.engine import SleepingEngine
+from lightning_hybrid.rollout.vllm.engine import SleepingEngine, take_weights
 from lightning_hybrid.rollout.vllm.startup import import_vllm
 from lightning_hybrid.rollout.vllm.weights import WeightStream
 from tests.helpers import tiny_policy
 
-ONE_ROUND = ["wake weights", "reload", "refresh", "reset_prefix_cache", "wake kv_cache", "generate", "sleep 2"]
+ONE_ROUND = ["wake weights", "reload", "reset_prefix_cache", "wake kv_cache", "generate", "sleep 2"]
 
 
 class Recorder:
@@ -29,6 +29,7 @@ class Recorder:
         self.calls: list[str] = []
         self.weights: dict[str, torch.Tensor] = {}
         self.fails_in: str | None = None
+        self.left_out: set[str] = set()
 
     def _call(self, what: str) -> None:
         self.calls.append(what)
@@ -41,15 +42,14 @@ class Recorder:
     def sleep(self, level: int) -> None:
         self._call(f"sleep {level}")
 
-    def collective_rpc(self, method: Any, kwargs: dict[str, Any] | None = None) -> None:
-        if method != "reload_weights":
-            return self._call("refresh")
-        assert kwargs is not None
-        for name, tensor in kwargs["weights_iterator"]:
+    def collective_rpc(self, method: Any, kwargs: dict[str, Any]) -> list[set[str]]:
+        assert method is take_weights
+        for name, tensor in kwargs["weights"]:
             self.weights[name] = tensor
             if self.fails_in == "reload":
                 break
-        return self._call("reload")
+        self._call("reload")
+        return [self.left_out]
 
     def reset_prefix_cache(self) -> None:
         self._call("reset_prefix_cache")
@@ -76,7 +76,7 @@ def stream() -> WeightStream:
 
 
 def one_round(engine: SleepingEngine, version: object) -> None:
-    with engine.awake(version, stream):
+    with engine.awake(version, stream()):
         assert engine.generate([[1, 2]], [None]) == ["a response"]
 
 
@@ -103,8 +103,8 @@ def test_where_nothing_can_sleep_the_order_is_the_same_and_weights_stay(llm: Rec
     for version in (1, 1, 2):
         one_round(engine, version)
     assert engine.pushes == 2
-    assert llm.calls == [*["reload", "refresh", "reset_prefix_cache", "generate"], "generate"] + [
-        *["reload", "refresh", "reset_prefix_cache", "generate"]
+    assert llm.calls == [*["reload", "reset_prefix_cache", "generate"], "generate"] + [
+        *["reload", "reset_prefix_cache", "generate"]
     ]
     with pytest.raises(RolloutError, match="vLLM was asked to generate while it is asleep"):
         engine.generate([[1]], [None])
@@ -135,16 +135,40 @@ def test_an_engine_sleeps_after_whatever_failed_and_then_works(llm: Recorder, st
 def test_a_push_that_fails_half_way_leaves_no_rank_waiting_for_this_ones_shards(llm: Recorder) -> None:
     engine = begun(llm)
     llm.fails_in = "reload"
-    given: list[WeightStream] = []
-
-    def kept() -> WeightStream:
-        given.append(stream())
-        return given[0]
-
-    with pytest.raises(RuntimeError, match="no reload"), engine.awake(1, kept):
+    given = stream()
+    with pytest.raises(RuntimeError, match="no reload"), engine.awake(1, given):
         pass
     assert len(llm.weights) == 1
-    assert next(iter(given[0]), None) is None
+    assert next(iter(given), None) is None
+
+
+def test_weights_that_vllm_passed_over_are_an_error(llm: Recorder) -> None:
+    engine = begun(llm)
+    llm.left_out = {"model.norm.weight"}
+    with pytest.raises(RolloutError, match=r"vLLM left 1 of its weights as they were, such as 'model\.norm\.weight'"):
+        one_round(engine, 1)
+    assert llm.calls[-1] == "sleep 2"
+
+
+def test_weights_of_another_architecture_are_refused_before_it_wakes(llm: Recorder) -> None:
+    engine = SleepingEngine(llm, sleeps=True, level=2, shapes=stream().shapes)
+    llm.calls.clear()
+    other = WeightStream(tiny_policy(intermediate_size=32).model)
+    with pytest.raises(RolloutError, match="another architecture: .*mlp.* needs rollout.backend=native or hf"):
+        engine.awake(1, other).__enter__()
+    assert llm.calls == []
+    one_round(engine, 1)
+
+
+def test_each_step_is_agreed_on_so_that_no_rank_goes_on_alone(llm: Recorder) -> None:
+    engine, said = begun(llm), list[str]()
+
+    def agreed(step: Any, what: str) -> Any:
+        said.append(what)
+        return step()
+
+    with engine.awake(1, stream(), agreed):
+        assert said == ["waking for weights", "taking the weights", "waking to generate"]
 
 
 # ---- the weights themselves -----------------------------------------------------------------------------------------
@@ -245,3 +269,29 @@ def test_what_the_backend_decides_itself_is_no_option() -> None:
 def test_texts_that_end_a_response_are_refused() -> None:
     with pytest.raises(ConfigError, match="the backend vllm ends responses at tokens only"):
         RolloutConfig(backend="vllm", stop=["\n"])
+
+
+def test_a_bound_on_the_native_cache_is_refused() -> None:
+    with pytest.raises(ConfigError, match="max_tokens_in_flight = 64: the backend vllm bounds its cache by vllm"):
+        RolloutConfig(backend="vllm", max_tokens_in_flight=64)
+
+
+def test_a_head_set_apart_by_an_adapter_is_no_longer_tied() -> None:
+    policy = tiny_policy(tie_word_embeddings=True)
+    assert WeightStream(policy.model).config.tie_word_embeddings
+    adapted = with_adapter(policy, AdapterConfig(r=2, target_modules=["lm_head"]))
+    weights = WeightStream(adapted.model)
+    assert not weights.config.tie_word_embeddings
+    assert {"lm_head.weight", "model.embed_tokens.weight"} <= weights.shapes.keys()
+
+
+def test_modules_trained_beside_an_adapter_are_left_out_where_it_is_off() -> None:
+    from peft import LoraConfig, get_peft_model
+
+    plain = tiny_policy().model
+    before = plain.lm_head.weight.detach().clone()
+    model = get_peft_model(plain, LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"]))
+    torch.nn.init.zeros_(model.get_base_model().lm_head.modules_to_save["default"].weight)
+    assert not weights_of(model)["lm_head.weight"].any()
+    with model.disable_adapter():
+        assert torch.equal(weights_of(model)["lm_head.weight"], before)

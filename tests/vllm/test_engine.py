@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lightning_hybrid.config import RolloutConfig, VLLMConfig
-from lightning_hybrid.errors import RolloutError
+from lightning_hybrid.errors import ConfigError, RolloutError
 from lightning_hybrid.generation import Rollout
 from lightning_hybrid.models import Policy, load_policy
 from lightning_hybrid.modules.passes import policy_logprobs
@@ -71,7 +71,7 @@ def test_a_forgotten_push_shows_in_the_log_probs(
     policy: Policy, backend: VLLMRollout, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     backend.generate(policy.model, PROMPTS, seed=3)
-    monkeypatch.setattr(SleepingEngine, "_push", lambda self, stream: None)
+    monkeypatch.setattr(SleepingEngine, "_push", lambda self, weights: None)
     other = Policy(perturbed(policy.model))
     assert gap(other, backend.generate(other.model, PROMPTS, seed=3)) > 0.1
 
@@ -94,6 +94,46 @@ def test_a_response_depends_on_seed_and_index_and_not_on_the_batch(policy: Polic
     assert alone.responses == together.responses[2:4]
     other = backend.generate(policy.model, PROMPTS, seed=4, indices=[4, 5, 6], n=2)
     assert other.responses != together.responses
+
+
+def test_a_response_ends_with_the_first_token_that_ends_one_and_not_before_it_may(
+    policy: Policy, alone_in_group: None
+) -> None:
+    free = backend_of(policy)
+    said = free.generate(policy.model, PROMPTS, seed=3).responses
+    free.close()
+    end = said[0][3]
+    ending = VLLMRollout(free.config, [end], 0)
+    ending.prepare(policy.model, torch.device("cpu"), torch.float32)
+    rollout = ending.generate(policy.model, PROMPTS, seed=3)
+    expected = [ids[: ids.index(end) + 1] if end in ids else ids for ids in said]
+    assert rollout.responses == expected
+    assert rollout.finish_reasons == tuple("eos" if end in ids else "length" for ids in said)
+    ending.close()
+    patient = VLLMRollout(free.config.model_copy(update={"min_new_tokens": 9}), [end], 0)
+    patient.prepare(policy.model, torch.device("cpu"), torch.float32)
+    assert all(len(ids) >= 9 for ids in patient.generate(policy.model, PROMPTS, seed=3).responses)
+    patient.close()
+
+
+def test_an_engine_of_before_is_ended_where_another_one_is_started(policy: Policy, alone_in_group: None) -> None:
+    left = backend_of(policy)
+    engine = left.engine
+    assert engine is not None
+    other = backend_of(policy)  # as after a fit that an exception ended
+    assert engine.llm is None
+    assert gap(policy, other.generate(policy.model, PROMPTS, seed=3)) < 1e-4
+    left.close()
+    other.close()
+
+
+def test_what_vllm_refuses_is_said_and_the_next_start_works(policy: Policy, alone_in_group: None) -> None:
+    config = RolloutConfig(backend="vllm", vllm=VLLMConfig(options={"max_model_len": 10**6}))
+    with pytest.raises(ConfigError, match=r"(?s)vLLM 0\.31.* did not start for LlamaForCausalLM: .*look at rollout\.vllm"):
+        VLLMRollout(config, [2], 0).prepare(policy.model, torch.device("cpu"), torch.float32)
+    backend = backend_of(policy)
+    assert gap(policy, backend.generate(policy.model, PROMPTS, seed=3)) < 1e-4
+    backend.close()
 
 
 def test_greedy_responses_are_the_most_probable_tokens(policy: Policy, backend: VLLMRollout) -> None:
@@ -124,12 +164,15 @@ def test_an_engine_that_fails_is_started_anew_and_one_that_fails_again_stops_the
     first = backend.engine
     assert first is not None
     monkeypatch.setattr(first.llm, "generate", _broken)
-    with pytest.warns(UserWarning, match="vLLM failed .* its engines are started anew, once"):
+    with pytest.warns(UserWarning, match="vLLM failed, and its engines are started anew, once: .*the core is gone"):
         again = backend.generate(policy.model, PROMPTS, seed=3)
     assert backend.engine is not first
     assert again.responses == expected.responses
     monkeypatch.setattr(SleepingEngine, "generate", _broken)
-    with pytest.warns(UserWarning, match="started anew"), pytest.raises(RolloutError, match="the core is gone"):
+    with (
+        pytest.warns(UserWarning, match="started anew"),
+        pytest.raises(RolloutError, match="(?s)the core is gone.*before it was"),
+    ):
         backend.generate(policy.model, PROMPTS, seed=3)
 
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from lightning.pytorch.utilities.seed import isolate_rng
@@ -12,19 +11,17 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from lightning_hybrid.config import RolloutConfig
 from lightning_hybrid.containers import Shard
-from lightning_hybrid.engines.agreement import number_of_ranks, of_all_ranks, on_every_rank
+from lightning_hybrid.engines.agreement import number_of_ranks, on_every_rank
 from lightning_hybrid.engines.tensor_parallel import GroupPrompts, gather_prompts, tensor_parallel_shard
-from lightning_hybrid.errors import ConfigError, LightningHybridError, RolloutError
+from lightning_hybrid.errors import ConfigError, RolloutError
 from lightning_hybrid.generation import Rollout, SamplingParams, check_prompts
 from lightning_hybrid.models import base_of
 from lightning_hybrid.rollout import RolloutBackend
 from lightning_hybrid.rollout.params import sampling_params
 from lightning_hybrid.rollout.vllm.engine import SleepingEngine
 from lightning_hybrid.rollout.vllm.requests import rollout_of, sampling_of
-from lightning_hybrid.rollout.vllm.startup import end_engine, import_vllm, start_engine
+from lightning_hybrid.rollout.vllm.startup import check_room, end_engine, import_vllm, start_engine
 from lightning_hybrid.rollout.vllm.weights import WeightStream
-
-T = TypeVar("T")
 
 
 class VLLMRollout(RolloutBackend):
@@ -46,7 +43,7 @@ class VLLMRollout(RolloutBackend):
         self.pad_id = pad_id
         self.engine: SleepingEngine | None = None
         self._shard = Shard()
-        self._device, self._dtype = torch.device("cpu"), torch.float32
+        self._started_for: tuple[Any, torch.device, torch.dtype]
 
     def prepare(self, model: Any, device: torch.device, dtype: torch.dtype) -> None:
         """Start this rank's engine, which then sleeps; before training takes the device's memory. All ranks call it.
@@ -57,18 +54,20 @@ class VLLMRollout(RolloutBackend):
             dtype: of the engine's weights.
 
         Raises:
-            ConfigError: on every rank, where an engine cannot be started.
+            ConfigError: on every rank, where an engine cannot be started on one.
         """
-        self.close()
-        problem = self.config.vllm.problem_with(number_of_ranks())
+        config, size = self.config.vllm, self.config.vllm.tensor_parallel_size
+        problem = config.problem_with(number_of_ranks())
         if problem is not None:
             raise ConfigError(f"rollout.vllm: {problem}")
-        if self.config.vllm.tensor_parallel_size > 1:
-            self._shard = tensor_parallel_shard(self.config.vllm.tensor_parallel_size)
-        self._device, self._dtype = device, dtype
-        self.engine = on_every_rank(
-            lambda: start_engine(model, self.config.vllm, device, dtype), "starting vLLM", ConfigError
-        )
+        on_every_rank(self.close, "ending vLLM", ConfigError)
+        # What one rank alone may fail at comes before what vLLM's ranks do together.
+        on_every_rank(import_vllm, "importing vLLM", ConfigError)
+        on_every_rank(lambda: check_room(config, device), "vLLM", ConfigError)
+        weights = WeightStream(model)
+        self._shard = tensor_parallel_shard(size) if size > 1 else Shard()
+        self._started_for = (model, device, dtype)
+        self.engine = on_every_rank(lambda: start_engine(weights, config, device, dtype), "starting vLLM", ConfigError)
 
     def close(self) -> None:
         """End this rank's engine."""
@@ -107,7 +106,8 @@ class VLLMRollout(RolloutBackend):
             self.prepare(model, first.device, first.dtype)
         on_every_rank(lambda: self._check(model, prompts, sampling), "the rollout", RolloutError)
         together = gather_prompts(prompts, indices, seed, sampling, self._shard)
-        rollout = self._attempts(model, lambda: self._generated(engine, model, together, sampling, seed))
+        version = _version(engine, model)
+        rollout = self._attempts(lambda: self._generated(version, model, together, sampling, seed))
         if hasattr(engine, "timings"):
             seconds = self._engine.seconds
             waking = sum(value for name, value in seconds.items() if name != "generate")
@@ -125,35 +125,42 @@ class VLLMRollout(RolloutBackend):
         check_prompts(prompts, sampling, limit, "vLLM's", "tokens", vocabulary)
 
     def _generated(
-        self, engine: Any, model: Any, together: GroupPrompts, sampling: SamplingParams, seed: int
+        self, version: object, model: Any, together: GroupPrompts, sampling: SamplingParams, seed: int
     ) -> Rollout:
         rows = [prompt for prompt in together.prompts for _ in range(sampling.n)]
-        weights = partial(WeightStream, model)
+        how = sampling_of(import_vllm(), sampling, seed, together.indices)
+
+        def respond() -> Rollout:
+            outputs = self._engine.generate(rows, how)
+            return rollout_of(rows, outputs, self.eos_ids, self.pad_id, self._started_for[1])
+
         # vLLM also draws from the streams that training goes on with.
-        with isolate_rng(), self._engine.awake(_version(engine, model), weights):
-            outputs = self._engine.generate(rows, sampling_of(import_vllm(), sampling, seed, together.indices))
-        return rollout_of(rows, outputs, self.eos_ids, self.pad_id, self._device)
+        with isolate_rng(), self._engine.awake(version, WeightStream(model), _agreed):
+            rollout: Rollout = _agreed(respond, "generating")
+        return rollout
 
-    def _attempts(self, model: Any, attempt: Callable[[], T]) -> T:
-        """What an attempt gives; where vLLM failed on a rank, of a second one with new engines on all ranks."""
-        result: T | Exception
+    def _attempts(self, attempt: Callable[[], Rollout]) -> Rollout:
+        """What an attempt gives; where vLLM failed on a rank, a second one with new engines on all ranks."""
         try:
-            result = attempt()
-        except LightningHybridError:
-            raise
-        except Exception as error:
-            result = error
-        failed = {rank: said for rank, said in enumerate(of_all_ranks(_said(result))) if said is not None}
-        if not failed:
-            return result  # type: ignore[return-value]
-        listed = "; ".join(f"rank {rank}: {said}" for rank, said in failed.items())
-        rank_zero_warn(f"vLLM failed ({listed}): its engines are started anew, once")
-        self.prepare(model, self._device, self._dtype)
-        return on_every_rank(attempt, "vLLM, for the second time,", RolloutError)
+            return attempt()
+        except EngineFailedError as error:
+            if "out of memory" in str(error).lower():
+                raise
+            first = error
+        rank_zero_warn(f"vLLM failed, and its engines are started anew, once: {first}")
+        self.prepare(*self._started_for)
+        try:
+            return attempt()
+        except EngineFailedError as error:
+            raise RolloutError(f"{error}\nand before it was started anew: {first}") from error
 
 
-def _said(result: Any) -> str | None:
-    return f"{type(result).__name__}: {result}"[:1000] if isinstance(result, Exception) else None
+class EngineFailedError(RolloutError):
+    """A step of vLLM failed on a rank; raised on all of them."""
+
+
+def _agreed(step: Callable[[], Any], what: str) -> Any:
+    return on_every_rank(step, f"vLLM, {what},", EngineFailedError)
 
 
 def _version(engine: Any, model: Any) -> object:

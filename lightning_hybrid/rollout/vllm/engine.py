@@ -11,6 +11,13 @@ from lightning_hybrid.errors import RolloutError
 from lightning_hybrid.rollout.vllm.weights import WeightStream
 
 State = Literal["asleep", "holds weights", "awake"]
+Agreed = Callable[[Callable[[], Any], str], Any]
+"""runs a step, named for the error, and raises on every rank where it failed on one"""
+
+
+def alone(step: Callable[[], Any], _: str) -> Any:
+    """Run a step without asking other ranks."""
+    return step()
 
 
 class SleepingEngine:
@@ -23,35 +30,41 @@ class SleepingEngine:
         llm: a ``vllm.LLM``, awake as it is built.
         sleeps: whether its platform can give memory back; where it cannot, the order is kept all the same.
         level: 2: it forgets its weights asleep; 1: it keeps them in host memory.
+        shapes: of the weights that it was built for, by name; None to take any.
 
     Attributes:
         pushes: how often weights were pushed.
         seconds: of the last time that each step took, by name.
     """
 
-    def __init__(self, llm: Any, *, sleeps: bool, level: int) -> None:
+    def __init__(self, llm: Any, *, sleeps: bool, level: int, shapes: dict[str, tuple[int, ...]] | None = None) -> None:
         self.llm = llm
         self.pushes = 0
         self.seconds: dict[str, float] = {}
-        self._sleeps, self._level = sleeps, level
+        self.sleeps, self._level, self._shapes = sleeps, level, shapes
         self._state: State = "awake"
         self._version: object = None
         self._sleep()
 
     @contextmanager
-    def awake(self, version: object, weights: Callable[[], WeightStream]) -> Iterator[None]:
+    def awake(self, version: object, weights: WeightStream, agreed: Agreed = alone) -> Iterator[None]:
         """Be awake inside the block, with these weights.
 
         Args:
             version: of the weights; they are pushed where it is another one than the last time, or None.
-            weights: gives them.
+            weights: to be pushed.
+            agreed: runs each step, so that no rank goes on where another one failed.
+
+        Raises:
+            RolloutError: for weights of another architecture, before it wakes.
         """
+        self._refuse_others(weights)
         try:
-            self._wake("weights")
+            agreed(lambda: self._wake("weights"), "waking for weights")
             if version is None or version != self._version:
-                self._push(weights())
+                agreed(lambda: self._push(weights), "taking the weights")
                 self._version = version
-            self._wake("kv_cache")
+            agreed(lambda: self._wake("kv_cache"), "waking to generate")
             yield
         finally:
             self._sleep()
@@ -69,28 +82,41 @@ class SleepingEngine:
             outputs: list[Any] = self.llm.generate(requests, list(sampling), use_tqdm=False)
         return outputs
 
+    def _refuse_others(self, weights: WeightStream) -> None:
+        if self._shapes is None or weights.shapes == self._shapes:
+            return
+        differing = sorted(name for name, _ in self._shapes.items() ^ weights.shapes.items())
+        raise RolloutError(
+            f"vLLM was started for a model of another architecture: {differing[0]!r} and {len(differing) - 1} others "
+            "differ; a reference of another one than the policy's (model.reference) needs rollout.backend=native or hf"
+        )
+
     def _wake(self, what: Literal["weights", "kv_cache"]) -> None:
         with self._timed(f"wake_{what}"):
-            if self._sleeps:
+            if self.sleeps:
                 self.llm.wake_up(tags=[what])
         self._state = "holds weights" if what == "weights" else "awake"
 
-    def _push(self, stream: WeightStream) -> None:
+    def _push(self, weights: WeightStream) -> None:
         self._version = None
         with self._timed("push"):
             try:
                 # In one call: vLLM takes what a call does not name for what it is to keep as it was at the beginning.
-                self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(stream)})
+                missing = self.llm.collective_rpc(take_weights, kwargs={"weights": iter(weights)})[0]
             finally:
-                stream.drain()
-            self.llm.collective_rpc(refresh_tied_head)
+                weights.drain()
+            if missing:
+                raise RolloutError(
+                    f"vLLM left {len(missing)} of its weights as they were, such as {sorted(missing)[0]!r}: it knows "
+                    "the model by other names; use rollout.backend=native or hf"
+                )
             self.llm.reset_prefix_cache()
         self.pushes += 1
 
     def _sleep(self) -> None:
         self._state = "asleep"
         with self._timed("sleep"):
-            if self._sleeps:
+            if self.sleeps:
                 self.llm.sleep(level=self._level)
                 if self._level > 1:
                     self._version = None
@@ -104,16 +130,37 @@ class SleepingEngine:
             self.seconds[name] = time.perf_counter() - begin
 
 
-def refresh_tied_head(worker: Any) -> None:
+def take_weights(worker: Any, weights: Iterator[Any]) -> set[str]:
+    """Load weights inside vLLM; which of its own were not among them.
+
+    Args:
+        worker: of vLLM, inside which this runs.
+        weights: pairs of name and tensor.
+    """
+    model = worker.model_runner.get_model()
+    wanted, taken = {name for name, _ in model.named_parameters()}, set[str]()
+    load = model.load_weights
+
+    def noting(given: Iterator[Any]) -> Any:
+        names = load(given)
+        taken.update(wanted if names is None else names)  # some families do not say
+        return names
+
+    model.load_weights = noting
+    try:
+        worker.reload_weights(weights_iterator=weights)
+    finally:
+        del model.load_weights
+    _refresh_tied_head(model)
+    return wanted - taken
+
+
+def _refresh_tied_head(model: Any) -> None:
     """Let a head that is the embedding take its new weights.
 
     vLLM reloads layer by layer, and passes over such a head, which has no weights of its own. On a CPU, where kernels
     hold weights in a packed form, it would go on with the old ones.
-
-    Args:
-        worker: of vLLM, inside which this runs.
     """
-    model = worker.model_runner.get_model()
     head = getattr(model, "lm_head", None)
     weight, method = getattr(head, "weight", None), cast(Any, getattr(head, "quant_method", None))
     if weight is None or not hasattr(method, "process_weights_after_loading"):

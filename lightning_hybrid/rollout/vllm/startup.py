@@ -17,12 +17,14 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from lightning_hybrid.config import VLLMConfig
 from lightning_hybrid.engines.agreement import number_of_ranks, own_rank
 from lightning_hybrid.errors import ConfigError
-from lightning_hybrid.models import base_of
 from lightning_hybrid.rollout.vllm.engine import SleepingEngine
+from lightning_hybrid.rollout.vllm.weights import WeightStream
 
 TESTED = ("0.31",)
 """versions of vLLM, up to the second number, that the tests ran with"""
 GIB = 1 << 30
+# vLLM keeps groups of ranks and memory pools by process: there is one engine at a time.
+_running: list[SleepingEngine] = []
 
 
 def import_vllm() -> Any:
@@ -51,11 +53,28 @@ def import_vllm() -> Any:
     return vllm
 
 
-def start_engine(model: Any, config: VLLMConfig, device: torch.device, dtype: torch.dtype) -> SleepingEngine:
+def check_room(config: VLLMConfig, device: torch.device) -> None:
+    """Refuse a share of the device that is not free, before other ranks depend on this one.
+
+    Raises:
+        ConfigError: naming the device and what is free of it.
+    """
+    if device.type != "cuda" or config.kv_cache_gib is not None:
+        return
+    free, total = torch.cuda.mem_get_info(device)
+    if free < config.gpu_memory_utilization * total:
+        raise ConfigError(
+            f"rollout.vllm.gpu_memory_utilization = {config.gpu_memory_utilization:g} of {device} is "
+            f"{config.gpu_memory_utilization * total / GIB:.1f} GiB, and {free / GIB:.1f} of {total / GIB:.1f} GiB are "
+            "free: lower it, or free the device"
+        )
+
+
+def start_engine(weights: WeightStream, config: VLLMConfig, device: torch.device, dtype: torch.dtype) -> SleepingEngine:
     """An engine for a model's architecture, asleep, with weights that mean nothing; all ranks call it.
 
     Args:
-        model: a causal LM, or peft's around it.
+        weights: of the model, of which only names and shapes are read.
         config: of the engine.
         device: of this rank.
         dtype: of its weights and arithmetic.
@@ -64,10 +83,11 @@ def start_engine(model: Any, config: VLLMConfig, device: torch.device, dtype: to
         ConfigError: if vLLM cannot run the model, or not in the memory that it may have.
     """
     vllm = import_vllm()
-    base = base_of(model)
+    while _running:
+        end_engine(_running[0])
     sleeps = config.enable_sleep and vllm.platforms.current_platform.is_sleep_mode_available()
     with tempfile.TemporaryDirectory() as folder, _no_trace(device):
-        base.config.save_pretrained(folder)
+        weights.config.save_pretrained(folder)
         arguments = {
             "model": folder,
             "load_format": "dummy",
@@ -80,25 +100,50 @@ def start_engine(model: Any, config: VLLMConfig, device: torch.device, dtype: to
             "skip_tokenizer_init": True,
             "disable_log_stats": True,
             "seed": 0,
+            "max_model_len": -1,  # the model's positions, or as many as the cache has room for
             **_memory(config, device),
             **config.options,
         }
         try:
             llm = vllm.LLM(**arguments)
+            engine = SleepingEngine(llm, sleeps=sleeps, level=config.sleep_level, shapes=weights.shapes)
         except Exception as error:
+            _clean_up(vllm)
             raise ConfigError(
-                f"vLLM {vllm.__version__} did not start for {type(base).__name__}: {error}; look at rollout.vllm, or "
-                "use rollout.backend=native"
+                f"vLLM {vllm.__version__} did not start for {weights.config.architectures[0]}: {error}; look at "
+                "rollout.vllm, or use rollout.backend=native"
             ) from error
-    return SleepingEngine(llm, sleeps=sleeps, level=config.sleep_level)
+    _running.append(engine)
+    return engine
 
 
 def end_engine(engine: SleepingEngine) -> None:
-    """Give back what an engine holds."""
-    with _no_trace(None), _default_group_kept():
-        engine.llm.llm_engine.engine_core.shutdown()
-    engine.llm = None
+    """Give back what an engine holds; one that has ended is left alone."""
+    if engine not in _running:
+        return
+    _running.remove(engine)
+    llm, engine.llm = engine.llm, None
+    try:
+        with _no_trace(None), _default_group_kept():
+            if engine.sleeps:
+                llm.wake_up()  # its allocator does not give back what is not there
+            llm.llm_engine.engine_core.shutdown()
+    finally:
+        del llm
+        _forget()
+
+
+def _clean_up(vllm: Any) -> None:
+    """Of a start that failed: vLLM's groups of ranks and what it had allocated."""
+    with _default_group_kept():
+        vllm.distributed.parallel_state.cleanup_dist_env_and_memory()
+    _forget()
+
+
+def _forget() -> None:
     gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def _memory(config: VLLMConfig, device: torch.device) -> dict[str, Any]:
@@ -112,8 +157,9 @@ def _memory(config: VLLMConfig, device: torch.device) -> dict[str, Any]:
 
 @contextmanager
 def _no_trace(device: torch.device | None) -> Iterator[None]:
-    """Undo what building an engine does to a process: random streams, threads, variables of the environment."""
-    threads, set_threads, environment = torch.get_num_threads(), torch.set_num_threads, dict(os.environ)
+    """Undo what an engine does to a process: random streams, threads, precision, variables of the environment."""
+    threads, set_threads = torch.get_num_threads(), torch.set_num_threads
+    precision, environment = torch.get_float32_matmul_precision(), dict(os.environ)
     if device is not None:
         index = device.index if device.index is not None else own_rank()
         os.environ |= {"RANK": str(own_rank()), "LOCAL_RANK": str(index), "WORLD_SIZE": str(number_of_ranks())}
@@ -123,8 +169,10 @@ def _no_trace(device: torch.device | None) -> Iterator[None]:
     finally:
         torch.set_num_threads = set_threads
         torch.set_num_threads(threads)
-        os.environ.clear()
-        os.environ.update(environment)
+        torch.set_float32_matmul_precision(precision)
+        for name in [name for name in os.environ if name not in environment]:
+            del os.environ[name]
+        os.environ.update({name: value for name, value in environment.items() if os.environ.get(name) != value})
 
 
 @contextmanager

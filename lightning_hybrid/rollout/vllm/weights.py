@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lightning_hybrid.errors import RolloutError
 from lightning_hybrid.models import base_of
-from lightning_hybrid.models.merging import Entry, as_published, merged_entries
+from lightning_hybrid.models.merging import Entry, as_published, merged_entries, published_config
 
 
 class WeightStream:
@@ -26,6 +26,8 @@ class WeightStream:
         model: the causal LM that is trained, or peft's around it.
 
     Attributes:
+        config: of the model that they are the weights of.
+        shapes: of each, by name.
         largest_bytes: of the layers that were gathered so far, the largest.
 
     Raises:
@@ -41,8 +43,9 @@ class WeightStream:
                 f"rollout.backend=vllm cannot load {type(base).__name__}: transformers holds it in other tensors than "
                 "it is published with; use rollout.backend=native or hf"
             )
+        self.config = published_config(base, {entry.name for entry in published})
+        self.shapes = {entry.name: entry.shape for entry in published}
         self._layers = [list(group) for _, group in groupby(published, key=_layer_of)]
-        self._places = {id(entry): place for place, entry in enumerate(published)}
         self.largest_bytes = 0
         self._iterator = self._weights()
 
