@@ -129,7 +129,7 @@ def test_an_engine_of_before_is_ended_where_another_one_is_started(policy: Polic
 
 def test_what_vllm_refuses_is_said_and_the_next_start_works(policy: Policy, alone_in_group: None) -> None:
     config = RolloutConfig(backend="vllm", vllm=VLLMConfig(options={"max_model_len": 10**6}))
-    with pytest.raises(ConfigError, match=r"(?s)vLLM 0\.31.* did not start for LlamaForCausalLM: .*look at rollout\.vllm"):
+    with pytest.raises(ConfigError, match=r"(?s)vLLM .* did not start for LlamaForCausalLM: .*look at rollout\.vllm"):
         VLLMRollout(config, [2], 0).prepare(policy.model, torch.device("cpu"), torch.float32)
     backend = backend_of(policy)
     assert gap(policy, backend.generate(policy.model, PROMPTS, seed=3)) < 1e-4
