@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from lightning_hybrid import HybridDeepSpeedStrategy, PPOConfig, PPOModule, RolloutConfig
 from lightning_hybrid.algorithms import ALGORITHMS
 from lightning_hybrid.data.task import build_tokenizer
-from lightning_hybrid.rollout import Rollout
+from lightning_hybrid.rollout import Rollout, RolloutBackend
 from tests.helpers import SHARD_EVERYTHING, quiet_trainer, tiny_policy, weights_of
 
 ROWS, WIDTH, PROMPT = 8, 14, 5
@@ -34,7 +34,7 @@ def given_rollout() -> Rollout:
     return Rollout(tokens, prompt_mask, response_mask, zeros, zeros, tuple("eos" for _ in range(ROWS)))
 
 
-class GivenRollouts:
+class GivenRollouts(RolloutBackend):
     """A backend that answers each rank with its rows of the same rollout."""
 
     def __init__(self, rank: int, world_size: int) -> None:

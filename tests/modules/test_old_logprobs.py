@@ -26,7 +26,7 @@ MEAN, LARGEST, OUTSIDE = "rollout/logprob_gap_mean", "rollout/logprob_gap_max", 
 RECOMPUTED = "rollout/old_logprobs_recomputed"
 
 
-class ShiftedLogprobs:
+class ShiftedLogprobs(RolloutBackend):
     """A backend whose log-probs of each response's first token are off by what ``shifts`` holds for the iteration."""
 
     def __init__(self, backend: RolloutBackend, shifts: Sequence[float]) -> None:

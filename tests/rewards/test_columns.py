@@ -13,6 +13,7 @@ from lightning_hybrid import PPOConfig, PPOModule, RolloutConfig
 from lightning_hybrid.data import PromptDataModule
 from lightning_hybrid.data.task import build_tokenizer
 from lightning_hybrid.errors import ConfigError
+from lightning_hybrid.rollout import RolloutBackend
 from tests.helpers import quiet_trainer, tiny_policy
 
 PROMPT = "mia visits the market ."
@@ -33,7 +34,7 @@ def right(prompts: list[str], responses: list[str], answer: list[str]) -> list[f
     return [float(response == gold) for response, gold in zip(responses, answer, strict=True)]
 
 
-class Unused:
+class Unused(RolloutBackend):
     """A rollout backend that nobody may get to."""
 
     def generate(self, *arguments: Any, **named: Any) -> Any:

@@ -8,13 +8,14 @@ from typing import Any
 
 import lightning as L
 import pytest
+import torch
 
 import lightning_hybrid as lh
 from lightning_hybrid.algorithms import GRPOConfig
 from lightning_hybrid.config import AdapterConfig, VLLMConfig
-from lightning_hybrid.models import load_policy, load_tokenizer, with_adapter
+from lightning_hybrid.models import Policy, load_policy, load_tokenizer, with_adapter
 from tests.conftest import RunRanks
-from tests.vllm.wide_heads import write_wide_model
+from tests.vllm.wide_heads import perturbed, write_wide_model
 
 pytest.importorskip("vllm", reason="vLLM is in an environment of its own: see .ci/vllm")
 pytestmark = pytest.mark.slow
@@ -41,6 +42,7 @@ def the_words(prompts: list[str], responses: list[str]) -> list[float]:
 
 def train(folder: str, ranks: int, stage: int, tp: int, lora: bool, backend: str = "vllm") -> list[dict[str, float]]:
     root = Path(folder)
+    torch.manual_seed(0)  # of the adapter
     policy = load_policy(root / "wide")
     if lora:
         policy = with_adapter(policy, AdapterConfig(r=4))
@@ -64,6 +66,34 @@ def train(folder: str, ranks: int, stage: int, tp: int, lora: bool, backend: str
     )
     trainer.fit(module, lh.PromptDataModule(root / "prompts.jsonl", batch_size=8 // ranks))
     return figures.rows
+
+
+def evaluate(folder: str, lora: bool, backend: str) -> list[tuple[str, str | None]]:
+    """Greedy responses of a policy, and of its reference, to each prompt."""
+    root = Path(folder)
+    torch.manual_seed(0)  # of the adapter
+    plain = load_policy(root / "wide")
+    policy = with_adapter(plain, AdapterConfig(r=4)) if lora else Policy(perturbed(plain.model))
+    for name, parameter in policy.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.05)
+    rollout = lh.RolloutConfig(backend=backend, max_new_tokens=12, vllm=VLLMConfig(kv_cache_gib=0.1))
+    module = lh.PPOModule(
+        policy,
+        the_words,
+        GRPOConfig(kl_coef=0.01),
+        rollout,
+        load_tokenizer(root / "wide"),
+        reference=None if lora else root / "wide",
+    )
+    trainer = L.Trainer(strategy="hybrid_deepspeed", accelerator="cpu", devices=1, logger=False)
+    data = lh.PromptDataModule(root / "prompts.jsonl", validation_path=root / "prompts.jsonl", batch_size=8)
+    trainer.validate(module, data, verbose=False)
+    return [(judged.response, judged.reference_response) for judged in module.evaluation.judgements]
+
+
+def evaluate_and_print(*arguments: Any) -> None:
+    print("FIGURES " + json.dumps(evaluate(*arguments)))
 
 
 def train_and_print(*arguments: Any) -> None:
@@ -112,3 +142,13 @@ def test_it_learns_like_the_native_backend(folder: Path, run_ranks: RunRanks) ->
         assert one["reward/score"] == pytest.approx(other["reward/score"], abs=0.7)
     assert by_vllm[0]["policy/kl"] == pytest.approx(0.0, abs=1e-4)
     assert by_vllm[-1]["policy/kl"] > 0.05 < native[-1]["policy/kl"]
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_policy_and_reference_are_evaluated_like_with_the_native_backend(
+    folder: Path, run_ranks: RunRanks, lora: bool
+) -> None:
+    outputs = [run_ranks(evaluate_and_print, 1, str(folder), lora, backend)[0] for backend in ("vllm", "native")]
+    by_vllm, native = (json.loads(text.rpartition("FIGURES ")[2].splitlines()[0]) for text in outputs)
+    assert by_vllm == native
+    assert any(own != of_reference for own, of_reference in by_vllm)
