@@ -106,13 +106,15 @@ class EventLoop:
             else:
                 future.set_result(result)
 
-        task = asyncio.run_coroutine_threadsafe(work(), self._loop())
+        task: Future[None] | None = None
         ended = False
         try:
+            task = asyncio.run_coroutine_threadsafe(work(), self._loop())
             ended = bool(wait([future], timeout=seconds).done)
         finally:
-            if not ended:
+            if not ended and task is not None:
                 task.cancel()
+            if not ended:
                 self._running = None
         if not ended:
             raise TookTooLong

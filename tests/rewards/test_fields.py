@@ -235,7 +235,10 @@ def test_an_async_function_is_cancelled_when_its_caller_is_interrupted() -> None
 
     def interrupt() -> None:
         begun.wait(10)
-        signal.raise_signal(signal.SIGINT)  # as from the keyboard; Python hands it to the main thread
+        time.sleep(0.3)  # until the caller waits
+        main = threading.main_thread().ident
+        assert main is not None
+        signal.pthread_kill(main, signal.SIGINT)  # as from the keyboard: it wakes the main thread
 
     threading.Thread(target=interrupt).start()
     with pytest.raises(KeyboardInterrupt):
