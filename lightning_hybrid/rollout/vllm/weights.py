@@ -28,7 +28,6 @@ class WeightStream:
     Attributes:
         config: of the model that they are the weights of.
         shapes: of each, by name.
-        largest_bytes: of the layers that were gathered so far, the largest.
 
     Raises:
         RolloutError: for adapters that cannot be merged, or a family that vLLM knows with other tensors.
@@ -46,7 +45,6 @@ class WeightStream:
         self.config = published_config(base, {entry.name for entry in published})
         self.shapes = {entry.name: entry.shape for entry in published}
         self._layers = [list(group) for _, group in groupby(published, key=_layer_of)]
-        self.largest_bytes = 0
         self._iterator = self._weights()
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
@@ -63,22 +61,16 @@ class WeightStream:
             with _whole([part for entry in layer for part in entry.parts]) as sharded:
                 # What is gathered is given back; what is not is the trained tensor itself, which nobody writes to now.
                 values = [_value(entry, copied=sharded) for entry in layer]
-            self.largest_bytes = max(self.largest_bytes, sum(value.nbytes for value in values)) if sharded else 0
             names = [entry.name for entry in layer]
             while names:
                 yield names.pop(0), values.pop(0)
 
 
 def _layer_of(entry: Entry) -> str:
-    """Everything up to the first number in a name: `model.layers.3.`; alone for what is in no layer."""
-    head, number, _ = _split(entry.name)
-    return f"{head}.{number}" if number else entry.name
-
-
-def _split(name: str) -> tuple[str, str, str]:
-    parts = name.split(".")
-    at = next((place for place, part in enumerate(parts) if part.isdigit()), None)
-    return (name, "", "") if at is None else (".".join(parts[:at]), parts[at], ".".join(parts[at + 1 :]))
+    """The name up to its first number, such as `model.layers.3`; the whole name for what is in no layer."""
+    parts = entry.name.split(".")
+    at = next((place for place, part in enumerate(parts) if part.isdigit()), len(parts))
+    return ".".join(parts[: at + 1])
 
 
 def _value(entry: Entry, copied: bool) -> Tensor:
