@@ -27,6 +27,7 @@ class Beat:
         words: of the error that stopped it; None while nothing did.
         follows: whether that error is itself the loss of another rank.
         left: whether it has ended its run.
+        host: the name of its machine.
     """
 
     count: int
@@ -35,6 +36,7 @@ class Beat:
     words: str | None = None
     follows: bool = False
     left: bool = False
+    host: str = ""
 
 
 @dataclass(frozen=True)

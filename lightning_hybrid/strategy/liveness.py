@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import sys
 import threading
 import time
@@ -18,10 +19,12 @@ from lightning_hybrid.strategy.beats import INTERVAL, Beat, Beats, Heard
 SILENCE = 5.0  # seconds without a beat, after which a rank counts as silent when a collective has failed
 PATIENCE = SILENCE + 2 * INTERVAL  # seconds for which a reason is looked for
 GRACE = 5.0  # seconds for the main thread to end by its own error, before the process is ended under it
+FAREWELL = 30.0  # seconds for the last beat of a run that went well: its thread must not outlive the interpreter
 WARNING = 60.0  # seconds of silence that are worth a word
 WATCHED = 8  # ranks that one rank listens to continuously; a large run is watched in a ring
 LONGEST = 2000  # characters of last words
 SHOWN = 8  # ranks listed in a message
+HOST = socket.gethostname()
 EXIT_CODE = 75  # of a process that is ended because it would wait for a lost rank for ever
 
 # How gloo and NCCL word that another rank did not answer; what a program does wrong they raise by the same types.
@@ -100,8 +103,11 @@ class Liveness:
         self._left = True
         self._stop.set()
         self._beats.now(patience=2 * INTERVAL)
+        # One that the store answers while Python ends aborts the process, which had done all; one that it never answers
+        # is a daemon, and ends with the process.
+        patience = FAREWELL if self._words is None else INTERVAL
         for thread in (self._beats, self._watcher):
-            thread.join(timeout=INTERVAL)  # one that is blocked in the store is a daemon, and ends with the process
+            thread.join(timeout=patience)
 
     # ---- what this rank says ---------------------------------------------------------------------------------------
 
@@ -145,7 +151,7 @@ class Liveness:
 
     def _describe(self, count: int) -> Beat:
         doing, since = self._doing
-        return Beat(count, doing, time.monotonic() - since, self._words, self._follows, self._left)
+        return Beat(count, doing, time.monotonic() - since, self._words, self._follows, self._left, HOST)
 
     # ---- why a collective failed -----------------------------------------------------------------------------------
 
@@ -279,7 +285,8 @@ def _done(beat: Beat) -> bool:
 def _absence(rank: int, beat: Beat, how: str) -> str:
     if beat.words is not None:
         return f"rank {rank} stopped: {beat.words}"
-    return f"rank {rank} {how}; it was last in {beat.doing}: killed, stopped or cut off"
+    elsewhere = f" on {beat.host}" if beat.host not in ("", HOST) else ""
+    return f"rank {rank} {how}; it was last in {beat.doing}{elsewhere}: killed, stopped or cut off"
 
 
 def _listed(sentences: list[str]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
@@ -60,7 +61,9 @@ def _meeting() -> Iterator[None]:
         yield
     except Exception as error:
         if is_failed_collective(error):
-            raise RankLostError(f"ranks could not meet: {error}") from error
+            place = ":".join(os.environ.get(name, "?") for name in ("MASTER_ADDR", "MASTER_PORT"))
+            advice = "on several hosts, 'lightning-hybrid doctor' on each may say why"
+            raise RankLostError(f"ranks could not meet at {place}: {error}; {advice}") from error
         raise
 
 

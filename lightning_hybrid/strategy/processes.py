@@ -18,8 +18,10 @@ from typing_extensions import override
 from lightning_hybrid.engines.environment import forget_process_groups, prepare_deepspeed
 from lightning_hybrid.strategy.beginning import Beginning
 from lightning_hybrid.strategy.devices import refuse_unsuitable_device
+from lightning_hybrid.strategy.hosts import interface_to_others, refuse_other_launch
 from lightning_hybrid.strategy.liveness import Liveness
 from lightning_hybrid.strategy.lost_ranks import begin_liveness, end_liveness, tell_of
+from lightning_hybrid.strategy.meeting import store_of_this_start
 from lightning_hybrid.strategy.notebook import launcher_of, stay_interactive
 from lightning_hybrid.strategy.precision import HybridPrecision
 
@@ -66,9 +68,16 @@ class ProcessesStrategy(DeepSpeedStrategy):
         assert self.cluster_environment is not None
         # Before any process is started.
         refuse_unsuitable_device(self.root_device, self.precision_plugin.precision, self.num_processes)
+        refuse_other_launch(self.cluster_environment, self.num_processes, self.num_nodes)
         self._launcher = launcher_of(
             self.cluster_environment, self.num_processes, self.num_nodes, notebook=self._notebook
         )
+
+    @property
+    @override
+    def distributed_sampler_kwargs(self) -> dict[str, Any]:
+        """By the number of all ranks: nodes need not have as many each."""
+        return {"num_replicas": self.world_size, "rank": self.global_rank}
 
     @override
     def setup_environment(self) -> None:
@@ -88,9 +97,13 @@ class ProcessesStrategy(DeepSpeedStrategy):
         reset_seed()
         self.set_world_ranks()
         self._process_group_backend = self._get_process_group_backend()
+        if self.num_nodes > 1 and "gloo" in self._process_group_backend and "GLOO_SOCKET_IFNAME" not in os.environ:
+            self._process.set("GLOO_SOCKET_IFNAME", interface_to_others(self.cluster_environment.main_address))
         if not torch.distributed.is_initialized():
             forget_process_groups()
-            _init_dist_connection(self.cluster_environment, self._process_group_backend, timeout=self._timeout)
+            store = store_of_this_start(self.cluster_environment, self._timeout)
+            arguments: dict[str, Any] = {"timeout": self._timeout} | ({} if store is None else {"store": store})
+            _init_dist_connection(self.cluster_environment, self._process_group_backend, **arguments)
         deepspeed.init_distributed(self._process_group_backend, auto_mpi_discovery=False, verbose=False)
 
     @override
@@ -118,19 +131,24 @@ class ProcessSettings:
     """What a run sets in its process, and takes back when it ends."""
 
     def __init__(self) -> None:
-        self._set_local_rank = False
+        self._variables: list[str] = []
+
+    def set(self, name: str, value: str | None) -> None:
+        """Set an environment variable that is not set yet; None leaves it so."""
+        if name not in os.environ and value is not None:
+            os.environ[name] = value
+            self._variables.append(name)
 
     def begin(self, local_rank: int) -> None:
         """Set it."""
         # DeepSpeed reads it throughout a run. Left behind, it would tell Lightning that a launcher had set it.
-        self._set_local_rank = "LOCAL_RANK" not in os.environ
-        os.environ.setdefault("LOCAL_RANK", str(local_rank))
+        self.set("LOCAL_RANK", str(local_rank))
         # Deterministic mode has torch fill new memory, also DeepSpeed's buckets of gigabytes that are written before
         # they are read: at every backward pass.
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
     def end(self) -> None:
         """Take it back."""
-        if self._set_local_rank:
-            os.environ.pop("LOCAL_RANK", None)
+        while self._variables:
+            os.environ.pop(self._variables.pop(), None)
         torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]

@@ -7,7 +7,6 @@ import os
 import platform
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -18,6 +17,8 @@ from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+
+from checkup.network import main_host, network
 
 OURS = "lightning-hybrid"
 # Distributions and the modules that they bring, in the order in which they are imported.
@@ -46,14 +47,20 @@ VARIABLES = (
     "RANK",
     "LOCAL_RANK",
     "WORLD_SIZE",
+    "LOCAL_WORLD_SIZE",
+    "NODE_RANK",
+    "TORCHELASTIC_RUN_ID",
     "GLOO_SOCKET_IFNAME",
     "NCCL_SOCKET_IFNAME",
     "HF_HOME",
     "HF_HUB_OFFLINE",
     "WANDB_MODE",
     "SLURM_JOB_ID",
+    "SLURM_JOB_NAME",
     "SLURM_NTASKS",
+    "SLURM_NTASKS_PER_NODE",
     "SLURM_NNODES",
+    "SLURM_NODELIST",
     "SLURM_CPUS_PER_TASK",
     "SLURM_GPUS_ON_NODE",
     "SLURM_RESTART_COUNT",
@@ -88,6 +95,7 @@ class Facts:
     variables: dict[str, str] = field(default_factory=dict)
     free: dict[str, int] = field(default_factory=dict)
     network: dict[str, Any] = field(default_factory=dict)
+    main: dict[str, str] = field(default_factory=dict)
     unknown: dict[str, str] = field(default_factory=dict)
 
 
@@ -104,6 +112,7 @@ def gather() -> Facts:
         "variables": lambda: variables(os.environ),
         "free": lambda: free_bytes(os.environ),
         "network": network,
+        "main": lambda: main_host(os.environ),
     }
     for name, look in lookers.items():
         try:
@@ -246,13 +255,3 @@ def free_bytes(environment: Mapping[str, str]) -> dict[str, int]:
 def _nearest(path: Path) -> Path:
     """The folder, or the one above it that exists."""
     return next((folder for folder in (path, *path.parents) if folder.exists()), path)
-
-
-def network() -> dict[str, Any]:
-    """Whether the host's name resolves, as gloo wants it, and the interfaces there are."""
-    name = socket.gethostname()
-    try:
-        address = socket.getaddrinfo(name, None)[0][4][0]
-    except OSError:
-        address = ""
-    return {"hostname": name, "address": address, "interfaces": [name for _, name in socket.if_nameindex()]}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -32,7 +33,9 @@ def judge(facts: Facts) -> list[Finding]:
         _build_tools,
         _extensions,
         _launch,
+        _slurm,
         _network,
+        _main_host,
         _space,
     ):
         found += look(facts)
@@ -135,7 +138,10 @@ def _extensions(facts: Facts) -> Iterator[Finding]:
 
 def _launch(facts: Facts) -> Iterator[Finding]:
     given = {name: facts.variables[name] for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE") if name in facts.variables}
-    if given and "SLURM_JOB_ID" not in facts.variables:
+    if "TORCHELASTIC_RUN_ID" in facts.variables:
+        total, here = (facts.variables.get(name, "") for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+        yield from _needed("torchrun", total, here)
+    elif given and "SLURM_JOB_ID" not in facts.variables:
         shown = " ".join(f"{name}={value}" for name, value in given.items())
         yield Finding(
             "warn", f"{shown}: a run takes itself for one rank of several and waits", f"unset {' '.join(given)}"
@@ -146,13 +152,54 @@ def _launch(facts: Facts) -> Iterator[Finding]:
         yield Finding("warn", problem, f"export OMP_NUM_THREADS={facts.cores} or less, divided by the ranks")
 
 
+def _slurm(facts: Facts) -> Iterator[Finding]:
+    names = ("SLURM_NTASKS", "SLURM_NTASKS_PER_NODE", "SLURM_NNODES", "SLURM_JOB_NAME")
+    total, here, nodes, job = (facts.variables.get(name, "") for name in names)
+    if not total.isdigit() or total == "1":
+        return
+    if job in ("bash", "interactive"):
+        problem = f"Lightning takes a job called '{job}' for one to work in: its {total} tasks do not train together"
+        yield Finding("stop", problem, "start them by srun in a job of another name (--job-name)")
+    elif not here.isdigit():
+        yield Finding("stop", f"{total} tasks, and Lightning needs their number on each host", "--ntasks-per-node=…")
+    elif nodes.isdigit() and int(total) != int(here) * int(nodes):
+        problem = f"{total} tasks are not {here} on each of {nodes} hosts: a run refuses to start"
+        yield Finding("stop", problem, f"leave out --ntasks, or set it to {int(here) * int(nodes)}")
+    else:
+        yield from _needed("srun", total, here)
+
+
+def _needed(launcher: str, total: str, here: str) -> Iterator[Finding]:
+    if total.isdigit() and here.isdigit():
+        needed = f"trainer.devices={here} trainer.num_nodes={int(total) // int(here)}"
+        yield Finding("note", f"{launcher} starts {total} processes, {here} on each host", f"a run needs {needed}")
+
+
+def _main_host(facts: Facts) -> Iterator[Finding]:
+    """The host of rank 0, where a run on several is to meet."""
+    if not facts.main:
+        return
+    name, address, failure = (facts.main[key] for key in ("name", "address", "failure"))
+    several = facts.variables.get("SLURM_NNODES", "1") != "1" or facts.variables.get("NODE_RANK", "0") != "0"
+    if not address:
+        yield Finding("stop", f"MASTER_ADDR={name} does not resolve", "give the address of the first host")
+    elif failure:
+        problem = f"MASTER_ADDR={name} ({address}) cannot be reached: {failure}"
+        yield Finding("stop", problem, "see whether it is up, the network between the hosts, and their firewalls")
+    elif several and ipaddress.ip_address(address.split("%")[0]).is_loopback:
+        problem = f"MASTER_ADDR={name} is {address}, which is another host on each host: they would never meet"
+        yield Finding("stop", problem, "give an address of the first host that all others reach")
+    if "NODE_RANK" in facts.variables and "MASTER_PORT" not in facts.variables:
+        yield Finding("stop", "NODE_RANK and no MASTER_PORT", "export MASTER_PORT=29500, the same on all hosts")
+
+
 def _network(facts: Facts) -> Iterator[Finding]:
     if facts.network and not facts.network["address"]:
         name = facts.network["hostname"]
         yield Finding(
             "warn",
-            f"the host's name, {name}, does not resolve: gloo may not connect several ranks",
-            f"echo '127.0.0.1 {name}' >> /etc/hosts, or export GLOO_SOCKET_IFNAME=lo on a single machine",
+            f"the host's name, {name}, does not resolve: torchrun's rendezvous fails, and gloo may not connect ranks",
+            f"echo '127.0.0.1 {name}' >> /etc/hosts, or, for a host that is one of several, its address there",
         )
     for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
         given = facts.variables.get(variable, "")
