@@ -29,6 +29,18 @@ class RolloutError(LightningHybridError, RuntimeError):
     """A generation request that cannot be honoured."""
 
 
+class ServerError(LightningHybridError, RuntimeError):
+    """A call that a server of a role did not answer, or refused.
+
+    Attributes:
+        status: of its answer; None where there was none: the process ended, hangs, or cannot be reached.
+    """
+
+    def __init__(self, message: str, status: int | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+
+
 class StrategyError(LightningHybridError, RuntimeError):
     """A module, optimizer or device layout that the strategy cannot turn into engines."""
 

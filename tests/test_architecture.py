@@ -29,6 +29,7 @@ STOREYS = (
     "generation",
     "engines",
     "checkpoint",
+    "serving",
     "rollout",
     "data",
     "export",
@@ -39,6 +40,7 @@ STOREYS = (
     "report",
     "plan",
     "assemble",
+    "clusters",
 )
 MAY_IMPORT = FOUNDATION | {room: {*FOUNDATION, *STOREYS[:height]} for height, room in enumerate(STOREYS)}
 ENTRANCE = "__init__"  # offers what all rooms hold

@@ -113,6 +113,11 @@ scores 0"""
     retries: NonNegativeInt = 3
     """further tries after an endpoint failed, with growing pauses between them"""
 
+    @property
+    def asks_a_model(self) -> bool:
+        """Whether the scores are those of a model that is loaded from a folder."""
+        return self.path is not None or self.classifier is not None
+
 
 class WeightedTermConfig(RewardTermConfig):
     """One of several sources of scores, and its weight in the sum."""
@@ -149,7 +154,7 @@ def _names_are_free(config: RewardSourceConfig) -> Problem | None:
 
 
 def _cache_has_use(config: RewardSourceConfig) -> Problem | None:
-    if config.cache is False or any(_worth_caching(term) for term in _terms(config)):
+    if config.cache is False or any(_worth_caching(term) for term in terms_of(config)):
         return None
     remedy = "holds scores of function, url, classifier and verify: math, and this reward has none of them"
     return Problem("cache", remedy, repr(config.cache))
@@ -180,10 +185,11 @@ is to be deleted when what a function imports has changed"""
 
 def longest_seconds(config: RewardSourceConfig) -> float:
     """How long one batch may take on one rank; 0 where only models are asked, which have no limit."""
-    return sum(_longest(term) for term in _terms(config))
+    return sum(_longest(term) for term in terms_of(config))
 
 
-def _terms(config: RewardSourceConfig) -> list[RewardTermConfig]:
+def terms_of(config: RewardSourceConfig) -> list[RewardTermConfig]:
+    """Its terms; itself, where it is one source alone."""
     return [*config.terms.values()] if config.terms else [config]
 
 

@@ -2,19 +2,38 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, NonNegativeInt
 
 from lightning_hybrid.algorithms.optimizer import BelowOne
-from lightning_hybrid.settings import Settings
+from lightning_hybrid.settings import Problem, Rule, Settings
+
+
+def _one_process_shares_with_no_rank(config: FrozenRoleConfig) -> Problem | None:
+    if not config.separate or config.zero_stage is None:
+        return None
+    remedy = "is about copies in the ranks, and separate=true has none there: leave it out"
+    return Problem("zero_stage", remedy, str(config.zero_stage))
+
+
+def _device_is_of_a_process(config: FrozenRoleConfig) -> Problem | None:
+    if config.separate or config.device is None:
+        return None
+    return Problem("device", "is that of a process of its own: set separate=true, or leave it out", str(config.device))
 
 
 class FrozenRoleConfig(Settings):
     """A model that is not trained."""
 
+    rules: ClassVar[tuple[Rule, ...]] = (_one_process_shares_with_no_rank, _device_is_of_a_process)
+
     zero_stage: Literal[0, 3] | None = None
     """0: a copy on every rank; 3: shared between the ranks; null: as the strategy does"""
+    separate: bool = False
+    """in a process of its own that the ranks ask, so that none of them holds a copy"""
+    device: NonNegativeInt | None = None
+    """CUDA index of that process, of those that the first rank sees; null: the CPU"""
 
 
 class TrainedRoleConfig(Settings):

@@ -13,11 +13,13 @@ from torch import Tensor, nn
 
 from lightning_hybrid.config import EvaluationConfig
 from lightning_hybrid.engines.agreement import of_all_ranks, on_every_rank
-from lightning_hybrid.errors import RolloutError
+from lightning_hybrid.errors import RolloutError, ServerError
 from lightning_hybrid.models.adapters import AdaptersOff
+from lightning_hybrid.modules.experience import reference_logprobs
 from lightning_hybrid.modules.judgement import Judgement, figures_of
 from lightning_hybrid.modules.needs import remedies
 from lightning_hybrid.modules.passes import policy_logprobs
+from lightning_hybrid.modules.reference import ServedReference
 from lightning_hybrid.modules.scoring import reward_scores
 from lightning_hybrid.modules.text import decode_responses
 from lightning_hybrid.rl import estimate_kl
@@ -137,8 +139,7 @@ class Evaluation:
         missing = any(key not in self._of_reference for key in keys)
         # Generating and scoring are the work of all ranks.
         if float(module.sum_over_ranks(torch.tensor(float(missing), device=module.device))):
-            with _reference_generates(module) as (engine, runs), _phase(module, "rollout", runs):
-                greedy = _respond(module, engine, keys, greedy=True)
+            greedy = _greedy_of_reference(module, keys)
             with _phase(module, "reward", list(module.reward_models) or None):
                 scores = _scores(module, batch, greedy, [1]).tolist()
             texts = decode_responses(module.tokenizer, greedy)
@@ -160,6 +161,18 @@ def _respond(module: PPOModule, engine: Any, keys: list[Key], greedy: bool = Fal
             lambda: module.backend.generate(engine, prompts, seed=module.seed, greedy=greedy, indices=places, n=n),
             "a rollout of the evaluation",
             RolloutError,
+        )
+
+
+def _greedy_of_reference(module: PPOModule, keys: list[Key]) -> Rollout:
+    reference = module.reference
+    if not isinstance(reference, ServedReference):
+        with _reference_generates(module) as (engine, runs), _phase(module, "rollout", runs):
+            return _respond(module, engine, keys, greedy=True)
+    prompts, places = [list(ids) for _, ids in keys], [place for place, _ in keys]
+    with _phase(module, "rollout", None):
+        return module.separate.on_every_rank(
+            lambda: reference.respond(prompts, module.seed, places, module.device), "the reference", ServerError
         )
 
 
@@ -192,8 +205,10 @@ def _kl_to_reference(module: PPOModule, rollout: Rollout) -> Tensor | None:
     size, temperature = module.config.micro_batch_size, module.rollout_config.temperature
     runs = ["actor", "reference"] if isinstance(module.reference, nn.Module) else ["actor"]
     with _phase(module, "experience", runs):
+        reference = reference_logprobs(module, rollout)
         mine = policy_logprobs(module.actor, rollout, size, temperature)
-        other = policy_logprobs(module.reference, rollout, size, temperature)
+        other = reference()
+        assert other is not None
         kl = estimate_kl(mine, other, module.config.kl_estimator)
         return kl.masked_fill(~rollout.response_mask, 0.0).double().sum(1)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
@@ -9,8 +10,10 @@ import torch
 from torch import Tensor
 
 from lightning_hybrid.algorithms import Judged
+from lightning_hybrid.errors import ServerError
 from lightning_hybrid.generation import used_columns
 from lightning_hybrid.modules.passes import critic_values, policy_logprobs
+from lightning_hybrid.modules.reference import ServedReference
 from lightning_hybrid.rollout import Rollout
 
 if TYPE_CHECKING:
@@ -70,14 +73,13 @@ def gain_experience(module: PPOModule, rollout: Rollout, scores: Tensor, group: 
     """
     config, mask = module.config, rollout.response_mask
     size, temperature, source = config.micro_batch_size, module.rollout_config.temperature, module.old_logprob_source
-    again = source.recompute
+    again, reference = source.recompute, reference_logprobs(module, rollout)
     old = policy_logprobs(module.actor, rollout, size, temperature) if again else source.of_rollout(rollout)
-    ref = values = None
-    if module.reference is not None:
-        ref = policy_logprobs(module.reference, rollout, size, temperature)
+    values = None
     if module.critic is not None:
         module._engine("critic").eval()  # without dropout, as the actor already is
         values = state_values(critic_values(module.critic, rollout, size), mask)
+    ref = reference()
     price = module.kl_controller.value if config.kl_placement == "reward" else 0.0
     credit = config.credit(Judged(scores, group, mask, old, ref, values, price, module.sum_over_ranks))
     return Experience(
@@ -93,6 +95,18 @@ def gain_experience(module: PPOModule, rollout: Rollout, scores: Tensor, group: 
         returns=credit.returns,
         weights=source.importance_weights(old, rollout),
     )
+
+
+def reference_logprobs(module: PPOModule, rollout: Rollout) -> Callable[[], Tensor | None]:
+    """What returns the reference's log-probs, ``[batch, time]`` float32; None without a reference.
+
+    One in a process of its own begins now, beside what the ranks compute until they call this; all of them call it.
+    """
+    reference, size, temperature = module.reference, module.config.micro_batch_size, module.rollout_config.temperature
+    if isinstance(reference, ServedReference):
+        begun = reference.begin(rollout, size, temperature)
+        return lambda: module.separate.on_every_rank(begun, "the reference", ServerError)
+    return lambda: None if reference is None else policy_logprobs(reference, rollout, size, temperature)
 
 
 def state_values(values: Tensor, mask: Tensor) -> Tensor:

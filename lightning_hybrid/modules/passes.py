@@ -11,17 +11,38 @@ from lightning_hybrid.modules.batching import micro_batches
 from lightning_hybrid.rollout import Rollout
 
 
-@torch.no_grad()
 def policy_logprobs(
     policy: Policy | AdaptersOff, rollout: Rollout, micro_batch_size: int, temperature: float = 1.0
 ) -> Tensor:
     """Log-probs of the sampled tokens, ``[batch, time]`` float32, 0 outside the responses."""
-    attention, response = rollout.attention_mask, rollout.response_mask
-    result = torch.zeros_like(rollout.policy_logprobs)
+    masks = rollout.attention_mask, rollout.response_mask
+    return token_logprobs(policy, rollout.tokens, *masks, micro_batch_size, temperature)
+
+
+@torch.no_grad()
+def token_logprobs(
+    policy: Policy | AdaptersOff,
+    tokens: Tensor,
+    attention: Tensor,
+    response: Tensor,
+    micro_batch_size: int,
+    temperature: float,
+) -> Tensor:
+    """Log-probs of the tokens that ``response`` marks, ``[batch, time]`` float32, 0 elsewhere.
+
+    Args:
+        policy: whose.
+        tokens: ``[batch, time]`` long.
+        attention: ``[batch, time]`` bool, True on real tokens.
+        response: ``[batch, time]`` bool.
+        micro_batch_size: rows computed together.
+        temperature: that logits are divided by.
+    """
+    result = torch.zeros(tokens.shape, dtype=torch.float32, device=tokens.device)
     for rows in micro_batches(attention, micro_batch_size):
         columns = used_columns(attention[rows])
         output = policy(
-            rollout.tokens[rows, columns], attention[rows, columns], response[rows, columns], temperature=temperature
+            tokens[rows, columns], attention[rows, columns], response[rows, columns], temperature=temperature
         )
         result[rows, columns] = output.logprobs
     return result

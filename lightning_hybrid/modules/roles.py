@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning_hybrid.algorithms import OnlineConfig
-from lightning_hybrid.config import TrainedRoleConfig
+from lightning_hybrid.config import FrozenRoleConfig, RewardSourceConfig, TrainedRoleConfig
 from lightning_hybrid.data import PromptDataModule, check_tokenizer
 from lightning_hybrid.errors import ConfigError
 from lightning_hybrid.models import (
@@ -21,7 +21,17 @@ from lightning_hybrid.models import (
     set_dropout,
 )
 from lightning_hybrid.models.adapters import AdaptersOff, has_adapter
-from lightning_hybrid.rewards import LearnedReward, Reward, RewardCallable, RewardFunction, check_fields, load_learned
+from lightning_hybrid.modules.reference import ServedReference
+from lightning_hybrid.rewards import (
+    LearnedReward,
+    Reward,
+    RewardCallable,
+    RewardFunction,
+    ServedReward,
+    check_fields,
+    load_model_reward,
+    reward_from,
+)
 from lightning_hybrid.rl import AdaptiveKLController, FixedKLController, KLController
 
 if TYPE_CHECKING:
@@ -40,7 +50,9 @@ def make_policy(source: Policy | str | Path, tokenizer: PreTrainedTokenizerBase,
 
 
 def make_reward(
-    reward: Reward | RewardCallable | ScalarModel | str | Path, tokenizer: PreTrainedTokenizerBase
+    reward: Reward | RewardCallable | ScalarModel | str | Path,
+    tokenizer: PreTrainedTokenizerBase,
+    role: FrozenRoleConfig | None = None,
 ) -> tuple[dict[str, ScalarModel], Reward]:
     """The reward models by the names of the children that they become, and what scores texts.
 
@@ -50,13 +62,23 @@ def make_reward(
         reward: any :class:`~lightning_hybrid.rewards.Reward`, a function, a reward model, or its path; a path brings
             its own tokenizer.
         tokenizer: of a reward model given as a module.
+        role: says where a reward model given as a path is; by default in the ranks.
+
+    Raises:
+        ConfigError: if it is to be in a process of its own, and is given as something else than a path.
     """
+    separate = role is not None and role.separate
     if isinstance(reward, str | Path):
-        reward = load_learned(str(reward))
+        reward = reward_from(RewardSourceConfig(path=str(reward)), role)
     elif isinstance(reward, ScalarModel):
         reward = LearnedReward(reward, tokenizer)
     elif not isinstance(reward, Reward):
         reward = RewardFunction(reward)
+    if separate and not reward.served:
+        raise ConfigError(
+            f"roles.reward.separate: a process of its own reads a reward model from a folder, and reward is "
+            f"{reward.name!r}, which is here already: give the folder's path, or leave it out"
+        )
     models = {f"reward_model_{term}" if term else "reward_model": model for term, model in reward.models.items()}
     return models, reward
 
@@ -87,6 +109,8 @@ def make_critic(
         return source
     if source is not None:
         return load_scalar(source)
+    if isinstance(reward, ServedReward):
+        reward = load_model_reward(reward.source)  # whose weights are the critic's to begin with
     if isinstance(reward, LearnedReward) and reward.tokenizer.get_vocab() == tokenizer.get_vocab():
         return copy.deepcopy(reward.model)
     return scalar_from_policy(actor)
@@ -106,14 +130,52 @@ def tokenizer_beside(model: Any) -> PreTrainedTokenizerBase:
 
 
 def make_reference(
-    config: OnlineConfig, source: Policy | str | Path | None, actor: Policy, tokenizer: PreTrainedTokenizerBase
-) -> Policy | AdaptersOff | None:
-    """What was given; else the actor as it starts: its base, or a copy; None where the algorithm keeps no reference."""
+    config: OnlineConfig,
+    source: Policy | str | Path | None,
+    actor: Policy,
+    tokenizer: PreTrainedTokenizerBase,
+    given: Policy | str | Path,
+    role: FrozenRoleConfig,
+) -> Policy | AdaptersOff | ServedReference | None:
+    """What was given; else the actor as it starts: its base, or a copy; None where the algorithm keeps no reference.
+
+    Args:
+        config: of the algorithm.
+        source: of the reference, if it is another one than the actor's.
+        actor: that it is the reference of.
+        tokenizer: of both.
+        given: what the actor was made from.
+        role: says where the reference is.
+
+    Raises:
+        ConfigError: if it is to be in a process of its own, and cannot be.
+    """
+    if role.separate:
+        return _served_reference(config, source, actor, given, role)
     if not config.reference:
         return None
     if source is not None:
         return make_policy(source, tokenizer, config.logprob_chunk)
     return AdaptersOff(actor) if has_adapter(actor) else copy.deepcopy(actor)
+
+
+def _served_reference(
+    config: OnlineConfig,
+    source: Policy | str | Path | None,
+    actor: Policy,
+    given: Policy | str | Path,
+    role: FrozenRoleConfig,
+) -> ServedReference:
+    folder = given if source is None else source
+    if not config.reference:
+        reason = f"{type(config).__name__} has reference=False: set it, or leave this out"
+    elif source is None and has_adapter(actor):
+        reason = "the actor with its adapters off is the reference, which takes no memory: leave it out"
+    elif isinstance(folder, str | Path):
+        return ServedReference(str(folder), role.device)
+    else:
+        reason = "a process of its own reads the model from a folder, and it is a module: give reference as a path"
+    raise ConfigError(f"roles.reference.separate: {reason}")
 
 
 def check_given(config: OnlineConfig, of_critic: Mapping[str, Any], reference: Any, ptx: Any) -> None:

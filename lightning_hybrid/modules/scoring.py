@@ -34,10 +34,11 @@ def reward_scores(
     """
     responses, reward = decode_responses(module.tokenizer, rollout), module.reward
     reward.to(module.device)
+    together = module.separate.on_every_rank if reward.served else on_every_rank
     if not reward.models:
-        return on_every_rank(lambda: reward(prompts, responses, fields)).to(module.device)
+        return together(lambda: reward(prompts, responses, fields)).to(module.device)
     # What one rank alone can fail at comes before the models' forwards, and after them.
-    prepared = on_every_rank(lambda: reward.prepare(prompts, responses, fields))
+    prepared = together(lambda: reward.prepare(prompts, responses, fields))
     if any(is_sharded(model) for model in reward.models.values()):
         # The other ranks are gathering weights: an agreement now would meet that, not them.
         ran = reward.run(prepared)

@@ -5,13 +5,16 @@ from __future__ import annotations
 import difflib
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_hybrid.errors import ConfigError, RewardError
 from lightning_hybrid.models import ScalarModel
+
+if TYPE_CHECKING:
+    from lightning_hybrid.rewards.served import ServedReward
 
 Fields = Mapping[str, Sequence[object]]
 # The figure of responses that could not be judged, which score 0: 1 for such a response, else 0.
@@ -30,6 +33,7 @@ class Reward(ABC):
         needed_fields: columns of the data without which it cannot be called.
         models: reward models that engines may run, by the name of their term; alone, the name is empty.
         replicas: models that no engine runs, which every rank holds whole.
+        served: the parts that ask a process of their own, which has to be started first.
         lasting: whether its identity stands for the same scores in another run, too.
         figures: of the last call, each ``[batch]`` float32 on the CPU with a mean worth logging, by their names.
     """
@@ -40,6 +44,7 @@ class Reward(ABC):
 
     def __init__(self) -> None:
         self.replicas: tuple[nn.Module, ...] = ()
+        self.served: tuple[ServedReward, ...] = ()
         self.models: dict[str, ScalarModel] = {}
         self.figures: dict[str, Tensor] = {}
 

@@ -140,6 +140,7 @@ class CachedReward(Reward):
         self.name = reward.name
         self.needed_fields = reward.needed_fields
         self.replicas = reward.replicas
+        self.served = reward.served
         self.figures = {name: torch.zeros(0) for name in (*reward.figures, HITS)}
         self._identity = reward.identity()
 

@@ -57,10 +57,7 @@ class ClassifierReward(Reward):
 
     def identity(self) -> str:
         """Its settings, and names, sizes and times of the files in its folder."""
-        folder = Path(self.config.path).expanduser()
-        files = sorted(file for file in folder.iterdir() if file.is_file()) if folder.is_dir() else []
-        stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-        return f"{super().identity()} {self.config!r} {hashlib.sha256(repr(stats).encode()).hexdigest()}"
+        return identity_of(self.config)
 
     @torch.no_grad()
     def prepare(self, prompts: list[str], responses: list[str], fields: Fields | None = None) -> Tensor:
@@ -94,6 +91,14 @@ class ClassifierReward(Reward):
         others = torch.arange(logits.shape[1]) != self.label
         odds = chosen if alone else chosen - logits[:, others].logsumexp(1)
         return odds if self.config.output == "log_odds" else odds.sigmoid()
+
+
+def identity_of(config: ClassifierConfig) -> str:
+    """Of a classifier's reward, wherever the classifier runs."""
+    folder = Path(config.path).expanduser()
+    files = sorted(file for file in folder.iterdir() if file.is_file()) if folder.is_dir() else []
+    stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    return f"{ClassifierReward.__name__} {config.path} {config!r} {hashlib.sha256(repr(stats).encode()).hexdigest()}"
 
 
 def load_classifier(config: ClassifierConfig) -> Reward:

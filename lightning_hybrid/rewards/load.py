@@ -8,6 +8,7 @@ from types import ModuleType
 
 from lightning_hybrid.config import RewardSourceConfig
 from lightning_hybrid.config.reward import RewardTermConfig
+from lightning_hybrid.config.roles import FrozenRoleConfig
 from lightning_hybrid.errors import ConfigError
 from lightning_hybrid.models import load_scalar, load_tokenizer
 from lightning_hybrid.rewards.base import Reward
@@ -16,6 +17,7 @@ from lightning_hybrid.rewards.classifier import load_classifier
 from lightning_hybrid.rewards.function import RewardCallable, RewardFunction
 from lightning_hybrid.rewards.learned import LearnedReward
 from lightning_hybrid.rewards.remote import RemoteReward
+from lightning_hybrid.rewards.served import ServedReward
 from lightning_hybrid.rewards.verify import ExactReward, FormatReward, GSM8KReward, MathReward, RepetitionPenalty
 from lightning_hybrid.rewards.weighted import WeightedRewards
 
@@ -25,16 +27,20 @@ VERIFIERS: dict[str, Callable[[str, float], Reward]] = {"math": MathReward, "gsm
 CHEAP = (GSM8KReward, ExactReward, FormatReward, RepetitionPenalty)
 
 
-def reward_from(source: RewardSourceConfig) -> Reward:
+def reward_from(source: RewardSourceConfig, role: FrozenRoleConfig | None = None) -> Reward:
     """The reward that a configuration names, as `PPOModule` takes it.
+
+    Args:
+        source: of the scores.
+        role: says where reward models are; by default in the ranks.
 
     Raises:
         ConfigError: A function, endpoint, model or cache cannot be used; names the term.
     """
-    store = _store(source.cache)
+    store, role = _store(source.cache), role or FrozenRoleConfig()
     if not source.terms:
-        return _cached(_one(source), store)
-    return WeightedRewards({name: (term.weight, _term(name, term, store)) for name, term in source.terms.items()})
+        return _cached(_one(source, role), store)
+    return WeightedRewards({name: (term.weight, _term(name, term, role, store)) for name, term in source.terms.items()})
 
 
 def load_learned(path: str) -> LearnedReward:
@@ -42,26 +48,31 @@ def load_learned(path: str) -> LearnedReward:
     return LearnedReward(load_scalar(path), load_tokenizer(path))
 
 
-def _term(name: str, term: RewardTermConfig, store: Store | None) -> Reward:
+def load_model_reward(source: RewardTermConfig) -> Reward:
+    """The reward of a term that has a model, with the model, in float32 on the CPU."""
+    return load_learned(str(source.path)) if source.classifier is None else load_classifier(source.classifier)
+
+
+def _term(name: str, term: RewardTermConfig, role: FrozenRoleConfig, store: Store | None) -> Reward:
     try:
-        return _cached(_one(term), store)
+        return _cached(_one(term, role), store)
     except ConfigError as error:
         raise ConfigError(f"reward.terms.{name}: {error}") from error
 
 
-def _one(source: RewardTermConfig) -> Reward:
+def _one(source: RewardTermConfig, role: FrozenRoleConfig) -> Reward:
+    if source.asks_a_model:
+        return ServedReward(source, role.device) if role.separate else load_model_reward(source)
     if source.url is not None:
         limits = source.timeout_seconds, source.retries
         return RemoteReward(source.url, source.token_variable, *limits, source.send_fields)
     if source.function is not None:
         return RewardFunction(load_reward_function(source.function), source.timeout_seconds)
-    if source.classifier is not None:
-        return load_classifier(source.classifier)
     if source.verify is not None:
         return VERIFIERS[source.verify](source.answer_key, source.timeout_seconds)
     if source.format is not None:
         return FormatReward(source.format, source.timeout_seconds)
-    return RepetitionPenalty(source.ngram) if source.penalty is not None else load_learned(str(source.path))
+    return RepetitionPenalty(source.ngram)
 
 
 def _store(cache: bool | str) -> Store | None:
@@ -72,7 +83,9 @@ def _store(cache: bool | str) -> Store | None:
 
 def _cached(reward: Reward, store: Store | None) -> Reward:
     """Behind the cache, where there is one and it has use; reward models in engines must be asked on every rank."""
-    return reward if store is None or reward.models or isinstance(reward, CHEAP) else CachedReward(reward, store)
+    # Those of a folder are asked for everything in a process of their own, too: their figures are then the same.
+    in_engine = reward.models or (isinstance(reward, ServedReward) and reward.source.classifier is None)
+    return reward if store is None or in_engine or isinstance(reward, CHEAP) else CachedReward(reward, store)
 
 
 def load_reward_function(spec: str) -> RewardCallable:

@@ -44,6 +44,7 @@ class WeightedRewards(Reward):
         self.models = {name: model for name, reward in self.terms.items() for model in reward.models.values()}
         self.lasting = all(reward.lasting for reward in self.terms.values())
         self.replicas = tuple(model for reward in self.terms.values() for model in reward.replicas)
+        self.served = tuple(part for reward in self.terms.values() for part in reward.served)
         self.last_terms = {name: torch.zeros(0) for name in terms}
         self._note()
 
