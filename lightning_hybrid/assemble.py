@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import lightning as L
+from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger
 from lightning_utilities.core.rank_zero import rank_zero_warn
@@ -31,7 +32,7 @@ from lightning_hybrid.callbacks import (
 )
 from lightning_hybrid.callbacks.best import best_checkpoint
 from lightning_hybrid.checkpoint import newest_complete
-from lightning_hybrid.config import DataConfig, ModelConfig, Run, StrategyConfig
+from lightning_hybrid.config import DataConfig, ModelConfig, PPORun, Run, StrategyConfig
 from lightning_hybrid.errors import CheckpointError, ConfigError
 from lightning_hybrid.models import (
     Policy,
@@ -50,6 +51,14 @@ from lightning_hybrid.strategy import STRATEGIES, HybridDeepSpeedStrategy
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+_environment: ClusterEnvironment | None = None
+
+
+def use_environment(environment: ClusterEnvironment | None) -> None:
+    """Have Trainers of this process ask it for their ranks; None: what Lightning finds, such as torchrun or SLURM."""
+    global _environment
+    _environment = environment
 
 
 def make_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
@@ -81,6 +90,13 @@ def make_scalar(config: ModelConfig) -> ScalarModel:
     return with_adapter(load_scalar(str(config.path)), config.adapter)
 
 
+def reference_of(run: PPORun) -> str | None:
+    """Where the reference is read from; None where it is the policy as it starts, which is at hand."""
+    if run.model.reference is None and run.roles.reference.separate:
+        return run.model.path
+    return run.model.reference
+
+
 def data_arguments(
     config: DataConfig, tokenizer: PreTrainedTokenizerBase, model: Policy | ScalarModel
 ) -> dict[str, Any]:
@@ -100,7 +116,15 @@ def make_trainer(run: Run, stage: str, export: HFExport, callbacks: Sequence[Cal
         stage: what the progress bar calls the run.
         export: used where the configuration asks for the model to be exported.
         callbacks: further ones.
+
+    Raises:
+        ConfigError: if the configuration asks for Ray, and this is no worker of it.
     """
+    if run.launcher.name == "ray" and _environment is None:
+        raise ConfigError(
+            "launcher.name = 'ray': this process is no worker of Ray. The commands and recipes sft, reward, dpo, kto "
+            "and ppo start them; from Python, lightning_hybrid.clusters.launch(run, job) does"
+        )
     _quieten()
     folder = _checkpoints_folder(run) if run.trainer.enable_checkpointing else None
     export.form = run.callbacks.export
@@ -121,6 +145,7 @@ def make_trainer(run: Run, stage: str, export: HFExport, callbacks: Sequence[Cal
     return L.Trainer(
         **arguments,
         strategy=strategy,
+        plugins=None if _environment is None else [_environment],
         logger=_make_loggers(run),
         callbacks=own,
         default_root_dir=run.output_dir,

@@ -13,7 +13,14 @@ from pathlib import Path
 
 import lightning as L
 
-from lightning_hybrid.assemble import data_arguments, make_policy, make_tokenizer, make_trainer, resolve_checkpoint
+from lightning_hybrid.assemble import (
+    data_arguments,
+    make_policy,
+    make_tokenizer,
+    make_trainer,
+    reference_of,
+    resolve_checkpoint,
+)
 from lightning_hybrid.callbacks import EvaluationLog, HFExport, SampleLog
 from lightning_hybrid.config import PPORun
 from lightning_hybrid.config.run import recipe_main
@@ -31,12 +38,12 @@ def train_ppo(run: PPORun, stage: str = "ppo") -> Path:
     data = PromptDataModule(**arguments, max_new_tokens=run.rollout.max_new_tokens)
     module = PPOModule(
         policy,
-        reward=reward_from(run.reward),
+        reward=reward_from(run.reward, run.roles.reward),
         config=run.algorithm,
         rollout=run.rollout,
         tokenizer=tokenizer,
         critic=run.model.critic,
-        reference=run.model.reference,
+        reference=reference_of(run),
         seed=run.seed,
         ptx=None if run.ptx.path is None else InstructionDataModule(**data_arguments(run.ptx, tokenizer, policy)),
         roles=run.roles,

@@ -36,6 +36,7 @@ from lightning_hybrid.config.groups import (
     StrategyConfig,
     TrainerConfig,
 )
+from lightning_hybrid.config.launcher import LauncherConfig
 from lightning_hybrid.config.plan import PlanRun
 from lightning_hybrid.config.ppo import PPORun, PTXConfig
 from lightning_hybrid.config.preference import DPOConfig, DPORun, KTOConfig, KTORun, PreferenceModelConfig
@@ -66,6 +67,7 @@ __all__ = [
     "InstructionDataConfig",
     "KTOConfig",
     "KTORun",
+    "LauncherConfig",
     "LoggerConfig",
     "ModelConfig",
     "OnlineConfig",

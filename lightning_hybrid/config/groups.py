@@ -94,6 +94,13 @@ def _vllm_bounds_its_own_cache(config: RolloutConfig) -> Problem | None:
     return Problem("max_tokens_in_flight", remedy, str(config.max_tokens_in_flight))
 
 
+def _staleness_takes_separate_engines(config: RolloutConfig) -> Problem | None:
+    if not config.max_staleness or (config.backend == "vllm" and not config.vllm.colocate):
+        return None
+    remedy = "takes engines that generate while the ranks train: use backend=vllm with vllm.colocate=false, or 0"
+    return Problem("max_staleness", remedy, str(config.max_staleness))
+
+
 class RolloutConfig(Settings):
     """How responses are sampled."""
 
@@ -101,6 +108,7 @@ class RolloutConfig(Settings):
         _response_lengths_are_ordered,
         _vllm_ends_at_tokens,
         _vllm_bounds_its_own_cache,
+        _staleness_takes_separate_engines,
     )
 
     backend: Literal["native", "deepspeed", "hf", "vllm"] = "native"
@@ -124,6 +132,9 @@ the ranks train), deepspeed (says why it cannot)"""
     """texts that end a response, beside the end-of-text token; the token that completes one is kept"""
     max_tokens_in_flight: PositiveInt | None = None
     """prompt and response tokens that the KV cache holds at once; null for a share of the free memory"""
+    max_staleness: NonNegativeInt = 0
+    """weight updates that a response's first token may be old when it is learned from; 0: generation and training \
+take turns; above 0 needs vllm.colocate=false"""
     vllm: VLLMConfig = Field(default_factory=VLLMConfig)
     """engines of the backend vllm"""
 

@@ -16,6 +16,12 @@ from lightning_hybrid.config.groups import PPOModelConfig, RolloutConfig
 from lightning_hybrid.config.reward import RewardSourceConfig, longest_seconds
 from lightning_hybrid.config.roles import RolesConfig, TrainedRoleConfig
 from lightning_hybrid.config.roots import Run, ranks_of
+from lightning_hybrid.config.separate import (
+    separate_models_are_reached,
+    separate_models_have_a_device,
+    separate_reference_is_in_a_folder,
+    separate_reward_is_a_model,
+)
 from lightning_hybrid.rl import ERROR_LIMIT
 from lightning_hybrid.settings import Problem, Rule, refuse
 
@@ -154,8 +160,11 @@ def rollout_lacks_old_logprobs(rollout: RolloutConfig) -> str | None:
     """Why PPO's old log-probs cannot come from a rollout sampled like this; None where they can.
 
     PPO's are at the rollout's temperature, over all tokens. A rollout knows those at temperature 1, and those under the
-    distribution that it drew from, which are the same thing only where the temperature alone shaped it.
+    distribution that it drew from, which are the same thing only where the temperature alone shaped it. Neither helps
+    where these are of weights that have changed since.
     """
+    if rollout.max_staleness:
+        return f"with rollout.max_staleness={rollout.max_staleness} the rollout's are those of older weights"
     if rollout.temperature == 1.0 and rollout.backend != "vllm":
         return None
     shapes = {
@@ -181,6 +190,29 @@ def _rollout_knows_old_logprobs(run: PPORun) -> Problem | None:
     if reason is None:
         return None
     return Problem("algorithm.old_logprobs", f"{reason}: use recompute or auto", "'rollout'")
+
+
+def problem_with_staleness(algorithm: OnlineConfig, rollout: RolloutConfig) -> Problem | None:
+    """Why an algorithm cannot learn from a rollout of older weights; None where it can, or there is none.
+
+    What older weights drew is weighed by how probable it is now, as in the decoupled objective of Fu et al. 2025,
+    "AReaL", arXiv:2505.24298, with truncated weights (Yao et al. 2025, "Your efficient RL framework secretly brings
+    you off-policy RL training").
+    """
+    if not rollout.max_staleness:
+        return None
+    if algorithm.importance_cap is None:
+        remedy = f"needed with rollout.max_staleness={rollout.max_staleness}, such as 2.0: it weighs older tokens"
+        return Problem("algorithm.importance_cap", remedy, "None")
+    groups = algorithm.groups if isinstance(algorithm, GroupConfig) else None
+    if groups is None:
+        return None
+    remedy = "waits for a batch to choose from it, and rollout.max_staleness above 0 does not: leave one of them out"
+    return Problem("algorithm.groups", remedy, str(groups))
+
+
+def _staleness_is_corrected(run: PPORun) -> Problem | None:
+    return problem_with_staleness(run.algorithm, run.rollout)
 
 
 def _reward_ends_before_ranks_stop_waiting(run: PPORun) -> Problem | None:
@@ -228,11 +260,16 @@ class PPORun(Run):
         _low_precision_needs_master_weights,
         _rollout_fits_workspace,
         _rollout_knows_old_logprobs,
+        _staleness_is_corrected,
         _overlong_buffer_fits_responses,
         _reward_ends_before_ranks_stop_waiting,
         _ptx_has_texts_and_a_weight,
         _a_reference_is_kept_where_one_is_given,
         _only_a_critic_has_its_settings,
+        separate_reference_is_in_a_folder,
+        separate_reward_is_a_model,
+        separate_models_have_a_device,
+        separate_models_are_reached,
     )
 
     model: PPOModelConfig

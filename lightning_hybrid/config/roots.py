@@ -15,6 +15,7 @@ from lightning_hybrid.config.groups import (
     StrategyConfig,
     TrainerConfig,
 )
+from lightning_hybrid.config.launcher import LauncherConfig, ray_has_gpus_for_ranks, ray_is_given_numbers
 from lightning_hybrid.config.sweep import SweepConfig
 from lightning_hybrid.settings import Problem, Rule, Settings
 
@@ -62,12 +63,16 @@ class Run(Settings):
         _the_best_is_of_checkpoints,
         _tensor_parallel_fits_ranks,
         _samples_are_drawn,
+        ray_is_given_numbers,
+        ray_has_gpus_for_ranks,
     )
 
     strategy: StrategyConfig = Field(default_factory=StrategyConfig)
     """strategy of the trainer"""
     trainer: TrainerConfig
     """arguments of the trainer"""
+    launcher: LauncherConfig = Field(default_factory=LauncherConfig)
+    """what starts the processes"""
     callbacks: CallbacksConfig = Field(default_factory=CallbacksConfig)
     """what happens beside training"""
     logger: LoggerConfig = Field(default_factory=LoggerConfig)

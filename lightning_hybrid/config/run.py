@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -35,7 +36,7 @@ def recipe_main(config_name: str, schema: type[SettingsT], job: Callable[[Settin
     Hydra's options work (`-m` sweeps, `--cfg job`, `--info`, `--help`, `-sc`). In a sweep each job has its own folder
     as `output_dir`, an error ends that job only, and `report.sweep.SweepSummary` says in the end what they came to.
     Otherwise an error of ours ends the process with its message on stderr and exit code 2; `HYDRA_FULL_ERROR=1` shows
-    where it was raised.
+    where it was raised. With `launcher=ray` the job is done by workers of Ray, see `clusters.launch`.
 
     Args:
         config_name: Name of the primary configuration, such as "ppo".
@@ -51,13 +52,24 @@ def recipe_main(config_name: str, schema: type[SettingsT], job: Callable[[Settin
 
     def task(cfg: DictConfig) -> None:
         with _clean_errors(), _one_job_of_a_sweep(cfg, script):
-            job(validate(schema, cfg))
+            _start(validate(schema, cfg), job)
 
     with _clean_errors():
         refuse_choices(config_name, arguments)
     sys.argv = [sys.argv[0], *prepare(arguments, conf)]
     register_help(config_name, conf)
     hydra.main(version_base=HYDRA_VERSION, config_path=str(conf), config_name=config_name)(task)()
+
+
+def _start(run: SettingsT, job: Callable[[SettingsT], object]) -> None:
+    """Call the job with its settings: in this process, or where their `launcher` says."""
+    launcher = getattr(run, "launcher", None)
+    if launcher is None or launcher.name == "local":
+        job(run)
+        return
+    # By name: a configuration stands below whatever acts on it.
+    launch: Any = importlib.import_module("lightning_hybrid.clusters").launch
+    launch(run, job)
 
 
 def compose_run(config_name: str, schema: type[SettingsT], overrides: Sequence[str] = ()) -> SettingsT:

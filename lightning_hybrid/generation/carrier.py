@@ -32,6 +32,8 @@ class Rollout:
         finish_reasons: per row ``"eos"``, ``"length"`` or ``"stop"`` (a stop text was completed).
         entropies: ``[batch, time]`` float32, nats, of the raw policy at each sampled token, 0 elsewhere; None where
             they were not asked for.
+        versions: ``[batch, time]`` long, the version of the weights that drew each response token, 0 elsewhere; None
+            where all are of now.
     """
 
     tokens: Tensor
@@ -41,6 +43,7 @@ class Rollout:
     sampling_logprobs: Tensor
     finish_reasons: tuple[str, ...]
     entropies: Tensor | None = None
+    versions: Tensor | None = None
 
     def rows(self, begin: int, end: int) -> Rollout:
         """Rows ``begin`` to ``end``, less the columns that are padding in all of them."""

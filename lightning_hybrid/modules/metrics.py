@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from lightning_hybrid.engines.agreement import of_all_ranks
 from lightning_hybrid.modules.experience import Experience
 from lightning_hybrid.modules.old_logprobs import LogprobGap
 from lightning_hybrid.modules.sampling import Samples, informative
@@ -14,6 +15,7 @@ from lightning_hybrid.rl import estimate_kl
 from lightning_hybrid.rollout import Rollout
 
 if TYPE_CHECKING:
+    from lightning_hybrid.modules.pipeline import Pipeline
     from lightning_hybrid.modules.ppo import PPOModule
 
 # Names inside an update → names in the log.
@@ -96,6 +98,36 @@ def update_metrics(module: PPOModule, update: dict[str, float], rollout: Rollout
     }
     engine = module._engine("actor").timings.metrics()
     return metrics | {f"engine/{name}": value for name, value in engine.items()}
+
+
+def backend_metrics(module: PPOModule) -> dict[str, float]:
+    """The backend's own figures of the last rollout, the largest of all ranks."""
+    of_ranks = of_all_ranks(dict(module.backend.figures))
+    names = dict.fromkeys(name for figures in of_ranks for name in figures)
+    return {f"rollout/{name}": max(figures[name] for figures in of_ranks if name in figures) for name in names}
+
+
+def staleness_metrics(pipeline: Pipeline, rollout: Rollout) -> dict[str, float]:
+    """How old the weights are that drew the response tokens, and what waiting for these cost, over all ranks.
+
+    Ages are in versions; ``interrupted`` is the share of responses whose tokens are of more than one.
+    """
+    module, mask, drawn_by = pipeline.module, rollout.response_mask, rollout.versions
+    assert drawn_by is not None
+    ages = (pipeline.version - drawn_by).masked_fill(~mask, 0)
+    newest = ages.masked_fill(~mask, pipeline.version).amin(1)
+    mixed, carried = int((ages.amax(1) > newest).sum()), len(pipeline.carried_over)
+    own = torch.tensor([int(mask.sum()), int(ages.sum()), len(ages), mixed, carried], dtype=torch.float64)
+    tokens, age, rows, interrupted, carried_over = module.sum_over_ranks(own.to(mask.device)).tolist()
+    worst = torch.tensor([float(ages.max()), pipeline.waited], device=mask.device, dtype=torch.float64)
+    oldest, waited = module.trainer.strategy.reduce(worst, reduce_op="max").tolist()
+    return {
+        "rollout/staleness_mean": age / tokens,
+        "rollout/staleness_max": oldest,
+        "rollout/interrupted": interrupted / rows,
+        "rollout/carried_over": carried_over,
+        "rollout/wait_seconds": waited,
+    }
 
 
 def response_kl(module: PPOModule, experience: Experience) -> Tensor | None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from lightning_hybrid.models import AdaptersOff
+
 if TYPE_CHECKING:
     from lightning_hybrid.modules.ppo import PPOModule
 
@@ -13,7 +15,7 @@ def models_run(module: PPOModule, phase: str) -> list[str] | None:
     if phase == "reward":
         return list(module.reward_models) or None
     if phase == "experience":
-        inside_actor = module.reference is not None and "reference" not in module.frozen
+        inside_actor = isinstance(module.reference, AdaptersOff)
         asked = ["actor"] if module.old_logprob_source.recompute or inside_actor else []
         return [*asked, *(["critic"] if module.critic is not None else []), *set(module.frozen) & {"reference"}]
     return {"rollout": ["actor"], "update": module.trained}[phase]
@@ -22,8 +24,10 @@ def models_run(module: PPOModule, phase: str) -> list[str] | None:
 def remedies(module: PPOModule, phase: str) -> list[str]:
     """What to do about a phase that ran out of memory, with the settings as they are."""
     if phase == "rollout" and module.rollout_config.backend == "vllm":
-        share = module.rollout_config.vllm.gpu_memory_utilization
-        return [f"lower rollout.vllm.gpu_memory_utilization (now {share:g})", "let more sleep: strategy.sleep.*"]
+        vllm, sleep = module.rollout_config.vllm, "let more sleep: strategy.sleep.*"
+        if not vllm.colocate:
+            return [f"lower rollout.vllm.bucket_mib (now {vllm.bucket_mib})", sleep]
+        return [f"lower rollout.vllm.gpu_memory_utilization (now {vllm.gpu_memory_utilization:g})", sleep]
     if phase == "rollout":
         in_flight, new = module.rollout_config.max_tokens_in_flight, module.rollout_config.max_new_tokens
         now = "null, a share of the free memory" if in_flight is None else in_flight

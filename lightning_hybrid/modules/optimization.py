@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from lightning_hybrid.config import OptimizerConfig
 
 if TYPE_CHECKING:
-    from lightning import Trainer
+    from lightning import LightningModule, Trainer
 
 
 def adamw_with_schedule(
@@ -63,6 +64,16 @@ def make_schedule(optimizer: Optimizer, schedule: str, warmup_steps: int, total_
         return decay(min(done, 1.0))
 
     return LambdaLR(optimizer, factor)
+
+
+def step_schedules(module: LightningModule) -> None:
+    """Let every schedule of a module that optimizes by itself know that an iteration has ended."""
+    with warnings.catch_warnings():
+        # A warming critic or an early stop may leave an optimizer without a step in its first iterations.
+        warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step", UserWarning)
+        schedules: Any = module.lr_schedulers()
+        for schedule in schedules if isinstance(schedules, list) else [schedules]:
+            schedule.step()
 
 
 _DECAYS: dict[str, Callable[[float], float]] = {

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import math
-import warnings
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import lightning as L
 import torch
+from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 
-from lightning_hybrid.algorithms import GroupConfig, OnlineConfig, PPOConfig
+from lightning_hybrid.algorithms import OnlineConfig, PPOConfig
 from lightning_hybrid.config import AdapterConfig, EvaluationConfig, RolesConfig, RolloutConfig
 from lightning_hybrid.data import InstructionDataModule
 from lightning_hybrid.engines import config_dtype
@@ -20,16 +19,20 @@ from lightning_hybrid.engines.agreement import on_every_rank
 from lightning_hybrid.errors import ConfigError, RolloutError
 from lightning_hybrid.models import Policy, ScalarModel, end_of_text_ids, max_positions, with_adapter
 from lightning_hybrid.modules import roles as making
+from lightning_hybrid.modules.conclusion import conclude
 from lightning_hybrid.modules.engines import engine_specs, optimizers_of, refuse_other_strategies
 from lightning_hybrid.modules.evaluation import Evaluation
-from lightning_hybrid.modules.experience import Experience, gain_experience
-from lightning_hybrid.modules.metrics import mismatch_metrics, response_kl, rollout_metrics, update_metrics
+from lightning_hybrid.modules.experience import gain_experience
+from lightning_hybrid.modules.metrics import response_kl
 from lightning_hybrid.modules.needs import models_run, remedies
-from lightning_hybrid.modules.old_logprobs import LogprobGap, OldLogprobSource, measured_gap
+from lightning_hybrid.modules.old_logprobs import OldLogprobSource, measured_gap
 from lightning_hybrid.modules.phases import Phases
+from lightning_hybrid.modules.pipeline import EndPipeline, Pipeline, make_pipeline, refuse_staleness
 from lightning_hybrid.modules.ptx import PTX
-from lightning_hybrid.modules.sampling import Samples, collect_samples, entering_scores, say_when_nothing_is_told
+from lightning_hybrid.modules.sampling import collect_samples, draw_seed, entering_scores
 from lightning_hybrid.modules.scoring import moments_with
+from lightning_hybrid.modules.separate import EndServers, SeparateRoles
+from lightning_hybrid.modules.state import restore_state, state_of
 from lightning_hybrid.modules.update import PPOUpdate
 from lightning_hybrid.rewards import RewardCallable
 from lightning_hybrid.rl import RunningMoments
@@ -69,7 +72,8 @@ class PPOModule(L.LightningModule):
 
     Raises:
         ConfigError: if a tokenizer is needed and none was given, the rollout is to give old log-probs that it does not
-            know, or something was given that the algorithm has no use for.
+            know, or of older weights that the algorithm does not correct for, or something was given that the algorithm
+            has no use for.
     """
 
     def __init__(
@@ -98,13 +102,15 @@ class PPOModule(L.LightningModule):
         self.seed = seed
         self.tokenizer = tokenizer or making.tokenizer_beside(actor)
         self.actor = making.make_policy(actor, self.tokenizer, self.config.logprob_chunk)
-        self.reference = making.make_reference(self.config, reference, self.actor, self.tokenizer)
+        self.reference = making.make_reference(
+            self.config, reference, self.actor, self.tokenizer, actor, self.roles.reference
+        )
         if reward_tokenizer is not None and not isinstance(reward, ScalarModel):
             raise ConfigError(
                 "reward_tokenizer belongs to a reward model that is given as a module, and reward is "
                 f"{type(reward).__name__}: a path brings its own, others have none; leave it out"
             )
-        reward_models, self.reward = making.make_reward(reward, reward_tokenizer or self.tokenizer)
+        reward_models, self.reward = making.make_reward(reward, reward_tokenizer or self.tokenizer, self.roles.reward)
         for name, model in reward_models.items():
             self.add_module(name, model)
         self.reward_models = tuple(reward_models)
@@ -118,11 +124,19 @@ class PPOModule(L.LightningModule):
         self.kl_controller = making.make_kl_controller(self.config)
         self.score_moments = self.moments_now = RunningMoments()
         self.old_logprob_source = OldLogprobSource(self.config, self.rollout_config)
+        refuse_staleness(self.config, self.rollout_config)
         self.phases, self.validation_phases = Phases(), Phases()
+        self.separate = SeparateRoles()
         self.evaluation = Evaluation(evaluation or EvaluationConfig())
-        self.optimizer_steps = self._without_signal = 0
+        self.optimizer_steps = self.without_signal = 0
         self._ends = end_of_text_ids(self.actor.model, self.tokenizer)
         self.backend = self._make_backend()
+        self.pipeline: Pipeline | None = None
+
+    @property
+    def looks_ahead(self) -> bool:
+        """Whether training needs to know the batch after the one it works on."""
+        return self.rollout_config.max_staleness > 0
 
     @property
     def trained(self) -> list[str]:
@@ -153,13 +167,21 @@ class PPOModule(L.LightningModule):
         """Look at what the data brings, read the texts of the PTX loss, and forget another run's prompts."""
         making.check_columns(self.reward, getattr(self.trainer, "datamodule", None))
         self._prepare_backend()
+        self.separate.start(self)
         self.evaluation.forget()
+        self.pipeline = make_pipeline(self) if stage == "fit" else None
         if self.ptx is not None and stage == "fit":
             self.ptx.setup(self)
 
     def teardown(self, stage: str) -> None:
         """Give back what generates beside the model."""
+        self.pipeline = None
+        self.separate.close()
         self.backend.close()
+
+    def configure_callbacks(self) -> list[Callback]:
+        """What ends processes beside the ranks where an error or an interrupt ends the run without a teardown."""
+        return [EndServers(), EndPipeline()]
 
     def _make_backend(self) -> RolloutBackend:
         pad = self.tokenizer.pad_token_id
@@ -200,7 +222,9 @@ class PPOModule(L.LightningModule):
             with self.phase("update"):
                 updater = PPOUpdate(self, strategy)
                 update = updater.run(experience)
-            self._finish(samples, experience, update, measured_gap(self, samples.rollout, experience, updater.gap))
+            gap = measured_gap(self, samples.rollout, experience, updater.gap)
+            conclude(self, samples, experience, update, gap)
+            self.last_rollout, self.last_kl = samples.rollout, response_kl(self, experience)
 
     def on_validation_epoch_start(self) -> None:
         """Begin an evaluation."""
@@ -228,7 +252,7 @@ class PPOModule(L.LightningModule):
         """
         engine = self._engine("actor")
         engine.eval()
-        seed = hash((self.seed, self.global_step, 0)) % 2**63
+        seed = draw_seed(self, self.global_step)
         # As the sampler dealt them out: what a prompt gets does not depend on how many ranks there are.
         positions = range(first, first + len(prompt_ids))
         indices = [position * self.trainer.world_size + self.global_rank for position in positions]
@@ -237,34 +261,6 @@ class PPOModule(L.LightningModule):
             "the rollout",
             RolloutError,
         )
-
-    def _finish(self, samples: Samples, experience: Experience, update: dict[str, float], gap: LogprobGap) -> None:
-        """Adjust what lasts: KL coefficient, moments of the scores, source of old log-probs, schedules; log."""
-        metrics = rollout_metrics(self, samples, experience) | mismatch_metrics(self, gap, experience)
-        groups = len(experience) * self.trainer.world_size // self.config.group_size
-        if isinstance(self.config, GroupConfig):
-            alike = metrics["rollout/uninformative_groups"]
-            self._without_signal = say_when_nothing_is_told(self.global_step + 1, groups, alike, self._without_signal)
-        metrics |= self.phases.memory_figures(self.trainer.strategy)  # type: ignore[arg-type]
-        self.score_moments = self.moments_now
-        self.old_logprob_source.judge(gap)
-        kl = metrics.get("policy/kl", math.nan)
-        if math.isfinite(kl):  # the steps of an iteration that is not were skipped, too
-            self.kl_controller.update(kl, len(experience) * self.trainer.world_size)
-        metrics |= update_metrics(self, update, samples.rollout)
-        self._step_schedules()
-        self.last_rollout, self.last_kl = samples.rollout, response_kl(self, experience)
-        self.log_dict(metrics, batch_size=len(experience))
-        shown = {"score": metrics["reward/score"]} | ({"kl": kl} if self.reference is not None else {})
-        self.log_dict(shown, prog_bar=True, logger=False)
-
-    def _step_schedules(self) -> None:
-        with warnings.catch_warnings():
-            # A warming critic or an early stop may leave an optimizer without a step in its first iterations.
-            warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step", UserWarning)
-            schedules: Any = self.lr_schedulers()
-            for schedule in schedules if isinstance(schedules, list) else [schedules]:
-                schedule.step()
 
     def _engine(self, name: str) -> Any:
         """The engine of a child, or the model inside the child outside ``fit``, where there are no engines."""
@@ -287,23 +283,13 @@ class PPOModule(L.LightningModule):
     # ---- state -------------------------------------------------------------------------------------------------------
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the KL controller, the running moments of the scores and the choice of old log-probs."""
+        """Keep what lasts beside the weights, see :func:`~lightning_hybrid.modules.state.state_of`."""
         if self.ptx is not None:
             checkpoint["ptx"] = self.ptx.data.state_dict()
-        checkpoint["ppo"] = {
-            "kl": self.kl_controller.state_dict(),
-            "scores": self.score_moments.state_dict(),
-            "old_logprobs": self.old_logprob_source.state_dict(),
-            "optimizer_steps": self.optimizer_steps,
-        }
+        checkpoint["ppo"] = state_of(self)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Go on with the KL controller, the running moments of the scores and the choice of old log-probs."""
+        """Go on with it."""
         if self.ptx is not None and "ptx" in checkpoint:
             self.ptx.data.load_state_dict(checkpoint["ptx"])
-        self.kl_controller.load_state_dict(checkpoint["ppo"]["kl"])
-        self.score_moments.load_state_dict(checkpoint["ppo"]["scores"])
-        self.moments_now = self.score_moments
-        # Older checkpoints hold no choice.
-        self.old_logprob_source.load_state_dict(checkpoint["ppo"].get("old_logprobs", {}))
-        self.optimizer_steps = checkpoint["ppo"]["optimizer_steps"]
+        restore_state(self, checkpoint["ppo"])

@@ -50,6 +50,26 @@ class Samples:
         return Samples(self.rollout.pick(rows), *kept, self.drawn)
 
 
+@dataclass(frozen=True)
+class Drawn:
+    """One rank's responses before they are scored.
+
+    Attributes:
+        rollout: ``group_size`` responses to each prompt, which stand together.
+        prompts: text of each prompt.
+        fields: columns of the data, each with one value per prompt.
+    """
+
+    rollout: Rollout
+    prompts: list[str]
+    fields: dict[str, list[Any]]
+
+
+def draw_seed(module: PPOModule, step: int) -> int:
+    """Seed of an iteration's rollout."""
+    return hash((module.seed, step, 0)) % 2**63
+
+
 def entering_scores(module: PPOModule, samples: Samples) -> Tensor:
     """Scores as they enter the rewards, ``[batch]`` float32: normalised if configured, less the penalties."""
     scale = module.moments_now.scale if module.config.normalize_reward else 1.0
@@ -69,8 +89,15 @@ def collect_samples(module: PPOModule, batch: dict[str, Any]) -> Samples:
     With ``groups``, prompts are taken in turn until every rank has that many groups whose scores differ, or the batch
     is at its end; all ranks take as many at a time, because they sample and score together. A rank that is then short
     of such groups fills up with others, which give no advantage.
+
+    With a pipeline, responses are those to as many prompts as the batch has, see
+    :class:`~lightning_hybrid.modules.pipeline.Pipeline`.
     """
     check_fields(module.reward, batch.get("fields", {}), "the data")
+    if module.pipeline is not None:
+        with module.phase("rollout"):
+            drawn = module.pipeline.draw(batch)
+        return _scored(module, drawn)
     prompts = len(batch["prompt_ids"])
     wanted = _groups_wanted(module, prompts)
     parts: list[Samples] = []
@@ -123,13 +150,19 @@ def _missing_anywhere(module: PPOModule, parts: list[Samples], wanted: int) -> i
 
 def _sample(module: PPOModule, batch: dict[str, Any], begin: int, end: int) -> Samples:
     """Responses to the prompts ``begin`` to ``end`` of a batch, and their scores."""
-    size = module.config.group_size
     with module.phase("rollout"):
-        rollout = module.roll_out(batch["prompt_ids"][begin:end], n=size, first=begin)
+        rollout = module.roll_out(batch["prompt_ids"][begin:end], n=module.config.group_size, first=begin)
+    fields = {name: values[begin:end] for name, values in batch.get("fields", {}).items()}
+    return _scored(module, Drawn(rollout, batch["prompts"][begin:end], fields), begin)
+
+
+def _scored(module: PPOModule, drawn: Drawn, first: int = 0) -> Samples:
+    """The responses with their scores; their prompts are numbered from ``first``."""
+    size, rollout = module.config.group_size, drawn.rollout
     with module.phase("reward"):
-        repeated = {name: _repeated(values[begin:end], size) for name, values in batch.get("fields", {}).items()}
-        raw = reward_scores(module, _repeated(batch["prompts"][begin:end], size), rollout, repeated)
-    group = torch.arange(begin, end, device=raw.device).repeat_interleave(size)
+        repeated = {name: _repeated(values, size) for name, values in drawn.fields.items()}
+        raw = reward_scores(module, _repeated(drawn.prompts, size), rollout, repeated)
+    group = torch.arange(first, first + len(drawn.prompts), device=raw.device).repeat_interleave(size)
     return Samples(rollout, raw, _penalties(module, rollout), dict(module.reward.figures), group, len(raw))
 
 

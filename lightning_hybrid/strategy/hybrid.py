@@ -144,10 +144,13 @@ class HybridDeepSpeedStrategy(ProcessesStrategy):
             refuse_without_phases(self.lightning_module, self.sleep)
         else:
             self.beginning.agree_on(None)  # checkpoints to evaluate are loaded before
-        self._build_engines(fitting)
         if fitting:
-            self._progress = Progress(trainer, self.engines)
+            # Before engines are built: a schedule may ask how long an epoch is, for which the data is loaded.
+            self._progress = Progress(trainer)
             self._checkpoints = RunCheckpoints(self, self._progress)
+        self._build_engines(fitting)
+        if self._progress is not None:
+            self._progress.engines = self.engines
         self.model_to_device()
         self.setup_precision_plugin()
         # What the first phase does not need sleeps from now on; nothing does where nothing is trained.

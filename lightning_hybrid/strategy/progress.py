@@ -11,6 +11,7 @@ from lightning.fabric.utilities.data import sized_len
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from lightning_hybrid.checkpoint import Position, ResumableLoader, capture_streams, restore_streams
+from lightning_hybrid.errors import ConfigError
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -24,12 +25,14 @@ class Progress:
 
     Args:
         trainer: of the run.
-        engines: those that train, by name.
+
+    Attributes:
+        engines: those that train, by name; none before they are built, which is after the first loaders may be.
     """
 
-    def __init__(self, trainer: pl.Trainer, engines: Mapping[str, DeepSpeedEngine]) -> None:
+    def __init__(self, trainer: pl.Trainer) -> None:
         self.trainer = trainer
-        self.engines = engines
+        self.engines: Mapping[str, DeepSpeedEngine] = {}
         self._steps: dict[str, int] = {}
         self._batches = 0
         self._resume: list[Position] = []
@@ -39,8 +42,10 @@ class Progress:
     # ---- data loaders ------------------------------------------------------------------------------------------------
 
     def resume_at(self, positions: list[Position]) -> None:
-        """Let the training loaders, in their order, begin at positions."""
+        """Let the training loaders, in their order, begin at positions: those that there are, and those to come."""
         self._resume = list(positions)
+        for loader in self._loaders[: len(positions)]:
+            loader.resume_at(self._resume.pop(0))
         self._streams = positions[0]
         self._resumed = True
 
@@ -80,15 +85,15 @@ class Progress:
                 "persistent_workers=True: what workers draw at random goes on from one epoch to the next, and is not "
                 "the same after a resume; what they do not draw is"
             )
-        known = ResumableLoader(loader, self._at_boundary)
+        ahead = getattr(self.trainer.lightning_module, "looks_ahead", False)
+        known = ResumableLoader(loader, self._at_boundary, look_ahead=ahead)
         if self._resume:
             known.resume_at(self._resume.pop(0))
         return known
 
     @property
     def _loaders(self) -> list[ResumableLoader]:
-        combined = self.trainer.fit_loop._combined_loader
-        return [] if combined is None else [x for x in combined.flattened if isinstance(x, ResumableLoader)]
+        return _resumable_loaders(self.trainer)
 
     def _at_boundary(self) -> bool:
         """Whether no engine holds gradients that wait for their step; asked before each batch."""
@@ -150,6 +155,39 @@ class Progress:
         every, last = self.trainer.accumulate_grad_batches, self.trainer.num_training_batches
         if (batches + 1) % every == 0 or batches + 1 >= last:
             fit_loop["epoch_loop.state_dict"]["_batches_that_stepped"] -= 1
+
+
+def upcoming_batch(trainer: pl.Trainer) -> Any | None:
+    """The training batch after the one that is being worked on, for a module that ``looks_ahead``.
+
+    Args:
+        trainer: in whose ``fit`` the module is.
+
+    Returns:
+        The batch as its loader made it, on this rank's device; None where the epoch has no further one.
+
+    Raises:
+        ConfigError: if the training loader is not one that can be looked ahead in.
+    """
+    loaders = _resumable_loaders(trainer)
+    if len(loaders) != 1:
+        raise ConfigError(
+            f"looking one batch ahead needs one training loader that has a length and keeps no state of its own, such "
+            f"as a DataLoader, and there are {len(loaders)} of these: give one, or do not look ahead"
+        )
+    batch = None if _last_of_epoch(trainer) else loaders[0].upcoming
+    return None if batch is None else trainer.strategy.batch_to_device(batch)
+
+
+def _last_of_epoch(trainer: pl.Trainer) -> bool:
+    """Whether the batch that is being worked on is the epoch's last, also where not all of the loader are."""
+    ready = trainer.fit_loop.epoch_loop.batch_progress.current.ready
+    return ready >= trainer.num_training_batches
+
+
+def _resumable_loaders(trainer: pl.Trainer) -> list[ResumableLoader]:
+    combined = trainer.fit_loop._combined_loader
+    return [] if combined is None else [x for x in combined.flattened if isinstance(x, ResumableLoader)]
 
 
 def as_between_batches(fit_loop: dict[str, Any], batches_per_epoch: float) -> None:

@@ -14,7 +14,14 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from lightning_hybrid.checkpoint import ResumableLoader, capture_streams, differences, fingerprints, restore_streams
+from lightning_hybrid.checkpoint import (
+    Position,
+    ResumableLoader,
+    capture_streams,
+    differences,
+    fingerprints,
+    restore_streams,
+)
 from lightning_hybrid.checkpoint.tensors import Stretches, read_tensors, write_tensors
 from lightning_hybrid.errors import CheckpointError
 
@@ -134,6 +141,55 @@ def test_a_loader_goes_on_with_what_it_would_have_given(workers: int, seeded: bo
     again = [next(batches).tolist() for _ in range(4 - done)]
     again += [batch.tolist() for batch in (resumed if done < 4 else batches)]  # after the last comes the next epoch
     assert again == rest
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("done", [0, 1, 3])
+def test_a_loader_that_looks_ahead_goes_on_so_as_well(workers: int, done: int) -> None:
+    """Its position counts what it handed on; the batch ahead is drawn again from the streams it was drawn from."""
+
+    def loader() -> ResumableLoader:
+        return ResumableLoader(DataLoader(Drawn(), 3, shuffle=True, num_workers=workers), look_ahead=True)
+
+    def handed_on(given: ResumableLoader, batches: Any, count: int) -> list[Any]:
+        """Batches, what was said of the one after each, and a number that training drew beside them."""
+        seen = []
+        for _ in range(count):
+            batch = next(batches)
+            upcoming = given.upcoming
+            seen.append((batch.tolist(), None if upcoming is None else upcoming.tolist(), float(torch.rand(()))))
+        return seen
+
+    torch.manual_seed(0)
+    whole = loader()
+    batches = iter(whole)
+    before = handed_on(whole, batches, done)
+    position = Position.from_tensors(whole.position(finished=True).tensors())
+    rest = handed_on(whole, batches, 4 - done)
+    assert [upcoming for _, upcoming, _ in before + rest] == [batch for batch, _, _ in (before + rest)[1:]] + [None]
+    assert next(batches, None) is None
+    torch.manual_seed(99)
+    resumed = loader()
+    resumed.resume_at(position)
+    if position.ended:
+        restore_streams(position.now)  # as the strategy does when training begins
+    assert handed_on(resumed, iter(resumed), 4 - done) == rest
+
+
+def test_a_position_of_a_loader_that_looked_ahead_serves_one_that_does_not() -> None:
+    torch.manual_seed(0)
+    ahead = ResumableLoader(DataLoader(Drawn(), 3, shuffle=True), look_ahead=True)
+    batches = iter(ahead)
+    next(batches)
+    position = ahead.position(finished=True)
+    upcoming = ahead.upcoming
+    assert upcoming is not None
+    plain = ResumableLoader(DataLoader(Drawn(), 3, shuffle=True))
+    plain.resume_at(position)
+    again = iter(plain)
+    assert torch.equal(next(again), upcoming)
+    assert plain.upcoming is None
+    assert len([*again]) == 2
 
 
 def test_settings_that_differ_are_listed_by_key() -> None:

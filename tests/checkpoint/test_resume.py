@@ -64,6 +64,15 @@ def test_so_it_is_with_optimizer_states_in_host_memory(tmp_path: Path) -> None:
     assert_resumes_exactly(tmp_path, 2, False, "32-true", offload_optimizer=True)
 
 
+def test_so_it_is_where_a_schedule_asks_how_long_an_epoch_is(tmp_path: Path) -> None:
+    """Its data is then loaded before there are engines."""
+    data = prompt_file(tmp_path)
+    whole, weights = train(ppo(), data, STEPS, strategy(2), (SaveAt((2,), tmp_path),), max_epochs=2)
+    rest, resumed = train(ppo(), data, STEPS, strategy(2), resume=tmp_path / "step=2.ckpt", max_epochs=2)
+    assert rest == {step: said for step, said in whole.items() if step > 2}
+    assert torch.equal(resumed, weights)
+
+
 def resume_on_two_ranks(folder: str, stage: int, lora: bool, precision: str) -> None:
     assert_resumes_exactly_on_ranks(Path(folder), stage, lora, precision)
 
