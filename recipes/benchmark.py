@@ -3,19 +3,25 @@
 ``rollout``: tokens per second, memory and switches of the native engine beside Hugging Face's ``generate``, DeepSpeed's
 ``HybridEngineRollout``, transformers' ``generate_batch``, the rollout of TRL's GRPO, and vLLM where it is installed.
 ``step``: a PPO step beside a step of TRL's GRPO. ``all``: both. ``strategy``: what the strategy costs beside the same
-two engines driven by hand. Each peer is a file in ``peers/``; one that is not installed is named as absent
-(``pip install trl``, ``pip install vllm``). A table is printed, and drawn as a PNG.
+two engines driven by hand. ``ppo``: the native backend beside vLLM inside PPO on the same prompts, for ZeRO stages and
+numbers of ranks, each in processes of its own; and a push of all weights beside OpenRLHF's order, parameter by
+parameter. Each peer is a file in ``peers/``; one that is not installed is named as absent (``pip install trl``,
+``pip install vllm``). A table is printed, and drawn as a PNG; ``ppo`` writes all figures as JSON beside it.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import statistics
 from pathlib import Path
 
 import lightning as L
 import torch
+from peers import backends
+from peers.backends import BACKENDS, compare_backends, loads, panels_of, print_backends
+from peers.cell import Cell
 from peers.measure import copy_bandwidth
 from peers.report import FOOTNOTES, RANDOM_WEIGHTS, Panel, draw, print_rollouts, print_steps, rollout_panel
 from peers.rounds import compare, enter_peers
@@ -84,6 +90,27 @@ def strategy(options: argparse.Namespace) -> None:
         print(f"{stage:>5} {hand * 1e3:>12.2f} {trainer * 1e3:>12.2f} {ratio:>7.3f}")
 
 
+def ppo(options: argparse.Namespace) -> list[Panel]:
+    """Print the figures of both backends inside PPO, and write them all."""
+    if options.model is None and options.shape is None:
+        options.shape = "llama-4m"  # the small real model's heads are too narrow for vLLM on a CPU
+    source = _source(options)
+    rows, new = options.size
+    if any(rows % ranks for ranks in options.ranks):
+        raise SystemExit(f"--size: {rows} responses are not shared evenly by each of --ranks {options.ranks}")
+    path = str(Path(source.path).resolve()) if source.path and Path(source.path).is_dir() else source.path
+    given = (path, source.shape, source.prompt_tokens, rows, new, options.iterations, options.pushes, options.threads)
+    places = itertools.product(options.stages, options.ranks, BACKENDS)
+    cells = [Cell(backend, stage, ranks, *given) for stage, ranks, backend in places]
+    title = f"{source}: {rows} responses of up to {new} tokens"
+    print(f"\n{title}, {_where(options)}, {options.iterations} iterations of PPO, rounds: {options.rounds}")
+    figures = options.png.with_suffix(".json")
+    measured = compare_backends(cells, options.rounds, figures)
+    print_backends(measured)
+    print(f"\n{backends.FOOTNOTES}\n{loads(measured)}\nall figures in {figures}")
+    return panels_of(measured, title)
+
+
 def _source(options: argparse.Namespace) -> Source:
     """What was asked for; else the small real model beside the checkout; else a tiny one with random weights."""
     if options.shape is not None:
@@ -128,6 +155,13 @@ def parser() -> argparse.ArgumentParser:
     steps.add_argument("--per-prompt", type=int, default=8, help="responses to each prompt")
     steps.add_argument("--steps", type=int, default=5, help="timed in each round")
 
+    inside = argparse.ArgumentParser(add_help=False)
+    inside.add_argument("--size", type=_size, default=(32, 64), help="RESPONSESxTOKENS of an iteration")
+    inside.add_argument("--stages", type=int, nargs="+", default=[2, 3], help="of ZeRO")
+    inside.add_argument("--ranks", type=int, nargs="+", default=[1, 2], help="numbers of ranks")
+    inside.add_argument("--iterations", type=int, default=3, help="that count, between two that do not")
+    inside.add_argument("--pushes", type=int, default=5, help="of all weights in each order")
+
     engines = argparse.ArgumentParser(add_help=False)
     engines.add_argument("--stages", type=int, nargs="+", default=[0, 1, 2, 3])
     engines.add_argument("--rounds", type=int, default=5)
@@ -140,6 +174,7 @@ def parser() -> argparse.ArgumentParser:
     commands.add_parser("rollout", parents=[common, rollouts], help="generation beside its peers")
     commands.add_parser("step", parents=[common, steps], help="a PPO step beside TRL's GRPO step")
     commands.add_parser("all", parents=[common, rollouts, steps], help="rollout, then step")
+    commands.add_parser("ppo", parents=[common, inside], help="native beside vLLM inside PPO, and orders of pushing")
     commands.add_parser("strategy", parents=[engines], help="the strategy beside the same engines driven by hand")
     return whole
 
@@ -151,10 +186,11 @@ def main() -> None:
         strategy(options)
         return
     torch.set_num_threads(options.threads)
-    jobs = {"rollout": [rollout], "step": [step], "all": [rollout, step]}[options.command]
+    jobs = {"rollout": [rollout], "step": [step], "all": [rollout, step], "ppo": [ppo]}[options.command]
     panels = [panel for job in jobs for panel in job(options) if panel.bars]
-    draw(panels, options.png)
-    print(f"drawn in {options.png}")
+    if panels:
+        draw(panels, options.png)
+        print(f"drawn in {options.png}")
 
 
 if __name__ == "__main__":

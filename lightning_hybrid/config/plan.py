@@ -29,16 +29,6 @@ def _at_most_one_source(config: PlannedRewardConfig) -> Problem | None:
     return one_reward_source(config) if sources_of(config) or config.terms else None
 
 
-def _generation_is_our_own(run: PlanRun) -> Problem | None:
-    if run.rollout.backend != "vllm":
-        return None
-    remedy = (
-        "the plan does not know what vLLM takes: plan with rollout=native, and leave "
-        "rollout.vllm.gpu_memory_utilization of the device free in the phase generate"
-    )
-    return Problem("rollout.backend", remedy, repr(run.rollout.backend))
-
-
 class PlannedModelConfig(PPOModelConfig):
     """The models of PPO, of which a plan reads the configurations only."""
 
@@ -59,8 +49,6 @@ class PlannedRewardConfig(RewardSourceConfig):
 
 class PlanRun(PPORun):
     """Configuration of the recipe `plan`: that of a PPO run, and the memory it should fit in."""
-
-    rules: ClassVar[tuple[Rule, ...]] = (*PPORun.rules, _generation_is_our_own)
 
     model: PlannedModelConfig
     """the policy, and the models beside it"""

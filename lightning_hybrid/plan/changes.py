@@ -8,6 +8,8 @@ from typing import Any
 
 from lightning_hybrid.algorithms import GroupConfig
 from lightning_hybrid.plan.phases import Plan
+from lightning_hybrid.plan.verdicts import beside, largest, setting
+from lightning_hybrid.plan.vllm import VLLMEngine
 from lightning_hybrid.plan.weights import TRAINED
 
 # Fewer responses to compare with each other are none; fewer texts tell little, but something.
@@ -59,12 +61,27 @@ def _of_memory(plan: Plan) -> Iterator[Change]:
         yield _set("algorithm.micro_batch_size", max(1, plan.setup.micro_batch // 2))
     if run.algorithm.logprob_chunk > 64:
         yield _set("algorithm.logprob_chunk", run.algorithm.logprob_chunk // 4)
-    if plan.cache.slots > 1:
+    if plan.engine is not None:
+        yield from _of_vllm(plan, plan.engine)
+    elif plan.cache.slots > 1:
         yield _set("rollout.max_tokens_in_flight", plan.cache.slots // 2 * plan.cache.capacity)
     terms = {f"reward.terms.{name}": term for name, term in run.reward.terms.items()}
     for key, term in {"reward": run.reward, **terms}.items():
         if term.classifier is not None and term.classifier.batch_size > TEXTS_OF_CLASSIFIER:
             yield _set(f"{key}.classifier.batch_size", TEXTS_OF_CLASSIFIER)
+
+
+def _of_vllm(plan: Plan, engine: VLLMEngine) -> Iterator[Change]:
+    """Sleep, a cache that fits, and a model that more devices share."""
+    config = engine.config
+    if config.colocate and not config.enable_sleep and not engine.on_cpu:
+        yield _set("rollout.vllm.enable_sleep", True)
+    fitting = largest(plan)
+    if fitting is not None and beside(plan) + engine.awake > engine.device:
+        yield _set(setting(engine), fitting)
+    size = 2 * config.tensor_parallel_size
+    if plan.setup.ranks % size == 0 and config.num_engines is None:
+        yield _set("rollout.vllm.tensor_parallel_size", size)
 
 
 def _of_roles(plan: Plan) -> Iterator[Change]:

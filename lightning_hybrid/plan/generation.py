@@ -41,13 +41,13 @@ def extra_weight_bytes(setup: Setup, actor: Network) -> int:
     if engine.inference_tp_size > 1:
         together = engine.tp_gather_partition_size
         gathering = max(sum(sizes[i : i + together]) for i in range(0, len(sizes), together))
-        return int(_cut_elements(actor, engine.inference_tp_size) + gathering) * actor.itemsize
+        return int(cut_elements(actor, engine.inference_tp_size) + gathering) * actor.itemsize
     if engine.pin_parameters or actor.reason_without_container is not None:
         return actor.numel * actor.itemsize
     return int(max(sizes) * actor.itemsize)
 
 
-def _cut_elements(actor: Network, size: int) -> int:
+def cut_elements(actor: Network, size: int) -> int:
     """A rank's cuts: matrices are divided, norms and biases are taken as whole."""
     whole = sum(int(p.numel()) for p in actor.module.parameters() if p.dim() < 2)
     return whole + -(-(actor.numel - whole) // size)
@@ -126,12 +126,16 @@ def tokens_seen(setup: Setup, cache: Cache) -> list[Held]:
 
 
 def _per_token(setup: Setup) -> int:
-    """Elements that a token takes inside a layer, on this rank.
+    return elements_per_token(setup.networks["actor"], setup.run.strategy.hybrid_engine.inference_tp_size)
+
+
+def elements_per_token(network: Network, size: int) -> int:
+    """Elements that a token takes inside a layer, on one of the ``size`` ranks that share a model.
 
     Residual stream, its norm, and the MLP's inputs, activations and their product; or queries, keys and values, packed
     and padded, and what attention says.
     """
-    config, size = setup.networks["actor"].config.get_text_config(), setup.run.strategy.hybrid_engine.inference_tp_size
+    config = network.config.get_text_config()
     width = config.hidden_size
     inner = getattr(config, "intermediate_size", None) or getattr(config, "ffn_dim", None) or 4 * width
     query = config.num_attention_heads

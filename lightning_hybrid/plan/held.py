@@ -59,3 +59,9 @@ class Moment:
 def moment(name: str, *parts: Iterable[Held]) -> Moment:
     """A moment at which all of ``parts`` are held."""
     return Moment(name, tuple(held for part in parts for held in part if held.bytes))
+
+
+def gib(size: float) -> str:
+    """Bytes as GiB, with more digits the fewer there are."""
+    value = size / 2**30
+    return f"{value:,.1f}" if abs(value) >= 10 else f"{value:.2f}" if abs(value) >= 0.1 else f"{value:.3f}"

@@ -50,8 +50,19 @@ def _rewards(setup: Setup, kept: list[Held], generated: list[Held]) -> Iterator[
     in_engines = {name for name, network in rewards.items() if not network.replicated}
     rest = at_rest(setup, SCORE, in_engines) + kept if in_engines else at_rest(setup, GENERATE, {"actor"}) + generated
     for network in rewards.values():
-        size = Size(min(network.texts, setup.rows), min(setup.tokens, network.readable or setup.tokens))
-        yield _forward(setup, network, network, size, rest)
+        yield _forward(setup, network, network, _texts(setup, network), rest)
+
+
+def _texts(setup: Setup, network: Network) -> Size:
+    """What a reward model reads in one pass."""
+    return Size(min(network.texts, setup.rows), min(setup.tokens, network.readable or setup.tokens))
+
+
+def pass_of(setup: Setup, network: Network) -> list[Held]:
+    """What a forward pass of a frozen model takes, beyond its weights."""
+    rows = min(setup.run.algorithm.micro_batch_size, setup.rows)
+    size = _texts(setup, network) if network.role == "reward" else _size(setup, network, rows)
+    return _of_peak(network, forward_peak(network, size))
 
 
 def recomputes(setup: Setup) -> bool:

@@ -17,7 +17,9 @@ from lightning_hybrid.plan.generation import (
 )
 from lightning_hybrid.plan.held import HOST, Held, Moment, moment
 from lightning_hybrid.plan.passes import scoring, training
+from lightning_hybrid.plan.servers import Server, servers_of
 from lightning_hybrid.plan.setup import Setup, device_bytes
+from lightning_hybrid.plan.vllm import VLLMEngine, cache_of_engine, engine_of, generating
 from lightning_hybrid.plan.weights import GENERATE, SCORE, TRAIN, at_rest
 
 PHASES = (GENERATE, SCORE, TRAIN)
@@ -32,12 +34,16 @@ class Plan:
         device: bytes of one device.
         cache: of generation.
         moments: of each phase, in order.
+        engine: of vLLM, where that generates.
+        servers: processes beside the ranks.
     """
 
     setup: Setup
     device: int
     cache: Cache
     moments: dict[str, tuple[Moment, ...]]
+    engine: VLLMEngine | None = None
+    servers: tuple[Server, ...] = ()
 
     @cached_property
     def peaks(self) -> dict[str, Moment]:
@@ -62,8 +68,9 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        """Whether every phase fits the device."""
-        return self.peak <= self.device
+        """Whether every phase fits the device, and every server its own; and vLLM has room for a row."""
+        room = self.engine is None or self.engine.rows > 0
+        return room and self.peak <= self.device and not any(server.too_much(self.device) for server in self.servers)
 
 
 def make_plan(run: PlanRun) -> Plan:
@@ -71,22 +78,37 @@ def make_plan(run: PlanRun) -> Plan:
 
     Raises:
         ConfigError: for a model whose configuration cannot be read or whose key-value heads do not divide by
-            ``inference_tp_size``, or a device that is not here.
+            ``inference_tp_size``, a device that is not here, or engines of vLLM that do not come out even.
     """
     setup = Setup(run)
     device = device_bytes(setup)
+    engine = engine_of(setup, device) if run.rollout.backend == "vllm" else None
+    cache, generate, kept = _inside(setup, device) if engine is None else _by_vllm(setup, engine)
+    given_up = run.strategy.sleep.kv_cache or run.strategy.hybrid_engine.release_inference_cache
+    outside = engine.held_outside() if engine is not None and engine.config.colocate else []
+    tokens = experience(setup) + outside
+    moments = {
+        GENERATE: generate,
+        SCORE: tuple(scoring(setup, kept, tokens)),
+        TRAIN: tuple(training(setup, ([] if given_up else kept) + tokens)),
+    }
+    return Plan(setup, device, cache, moments, engine, servers_of(setup, engine))
+
+
+def _inside(setup: Setup, device: int) -> tuple[Cache, tuple[Moment, ...], list[Held]]:
+    """Generation in the ranks: its cache, its moments, and what it leaves behind unless that sleeps."""
     generate = at_rest(setup, GENERATE, {"actor"})
     extra = Held("actor", "weights", extra_weight_bytes(setup, setup.networks["actor"]))
     cache = cache_of(setup, device - moment("", generate, [extra]).bytes())
     kept = [Held("actor", "KV cache", cache.bytes), *tokens_seen(setup, cache)]
     generate = [*generate, extra, *kept]
-    given_up = run.strategy.sleep.kv_cache or run.strategy.hybrid_engine.release_inference_cache
-    moments = {
-        GENERATE: (
-            moment("reading prompts", generate, last_rollout(setup), reading_prompts(setup, cache)),
-            moment("drawing tokens", generate, rollout(setup), drawing_tokens(setup, cache)),
-        ),
-        SCORE: tuple(scoring(setup, kept, experience(setup))),
-        TRAIN: tuple(training(setup, ([] if given_up else kept) + experience(setup))),
-    }
-    return Plan(setup, device, cache, moments)
+    moments = (
+        moment("reading prompts", generate, last_rollout(setup), reading_prompts(setup, cache)),
+        moment("drawing tokens", generate, rollout(setup), drawing_tokens(setup, cache)),
+    )
+    return cache, moments, kept
+
+
+def _by_vllm(setup: Setup, engine: VLLMEngine) -> tuple[Cache, tuple[Moment, ...], list[Held]]:
+    """As :func:`_inside`; what an engine keeps is not a matter of ``strategy.sleep``."""
+    return cache_of_engine(setup, engine), generating(setup, engine), []

@@ -11,6 +11,7 @@ import torch
 
 from lightning_hybrid.algorithms import GroupConfig
 from lightning_hybrid.config.plan import PlanRun
+from lightning_hybrid.config.roles import FrozenRoleConfig
 from lightning_hybrid.config.roots import ranks_of
 from lightning_hybrid.engines.build import config_dtype
 from lightning_hybrid.engines.config import engine_config, merged
@@ -88,14 +89,28 @@ class Setup:
         return self.ranks // self.run.trainer.num_nodes
 
     @cached_property
-    def networks(self) -> dict[str, Network]:
-        """The models by name; a role may have several, such as reward models of several terms."""
+    def _all(self) -> dict[str, Network]:
         return networks_of(self.run, self.dtype)
+
+    @cached_property
+    def networks(self) -> dict[str, Network]:
+        """The models of the ranks by name; a role may have several, such as reward models of several terms."""
+        return {name: network for name, network in self._all.items() if not self._is_separate(network)}
+
+    @cached_property
+    def separate(self) -> dict[str, Network]:
+        """The frozen models that live in processes of their own."""
+        return {name: network for name, network in self._all.items() if self._is_separate(network)}
+
+    def _is_separate(self, network: Network) -> bool:
+        """What is trained never is."""
+        role = getattr(self.run.roles, network.role)
+        return isinstance(role, FrozenRoleConfig) and role.separate
 
     @cached_property
     def reference_is_actor(self) -> bool:
         """Whether the reference is the actor with its adapters off."""
-        return self.run.algorithm.reference and "reference" not in self.networks
+        return self.run.algorithm.reference and "reference" not in self._all
 
     @cached_property
     def tokens(self) -> int:

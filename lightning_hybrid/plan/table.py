@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from lightning_hybrid.plan.advice import Advice
-from lightning_hybrid.plan.held import KINDS, Moment
+from lightning_hybrid.plan.held import KINDS, Moment, gib
 from lightning_hybrid.plan.networks import Network
 from lightning_hybrid.plan.phases import PHASES, Plan
+from lightning_hybrid.plan.servers import Server
 from lightning_hybrid.plan.setup import Setup
+from lightning_hybrid.plan.verdicts import of_engine
+from lightning_hybrid.plan.vllm import NAME
 
 
 def render(plan: Plan, advice: Sequence[Advice] = ()) -> str:
@@ -19,15 +22,9 @@ def render(plan: Plan, advice: Sequence[Advice] = ()) -> str:
     return "\n".join(lines)
 
 
-def in_gib(size: float) -> str:
-    """Bytes as GiB, with more digits the fewer there are."""
-    gib = size / 2**30
-    return f"{gib:,.1f}" if abs(gib) >= 10 else f"{gib:.2f}" if abs(gib) >= 0.1 else f"{gib:.3f}"
-
-
 def _heading(plan: Plan) -> str:
     setup = plan.setup
-    models = ", ".join(_model(network) for network in setup.networks.values())
+    models = ", ".join(map(_model, [*setup.networks.values(), *setup.separate.values()]))
     ranks = "1 rank" if setup.ranks == 1 else f"{setup.ranks} ranks"
     return (
         f"{models} ({str(setup.dtype).removeprefix('torch.')}); {ranks}, {_stages(setup)}; {_rows(setup)}, "
@@ -54,21 +51,38 @@ def _rows(setup: Setup) -> str:
 
 
 def _table(plan: Plan) -> list[str]:
-    """GiB per rank: a line for each owner, and one for each phase's total."""
-    kinds = [kind for kind in KINDS if any(plan.peaks[phase].bytes(kind=kind) for phase in PHASES)]
+    """GiB per rank: a line for each owner, and one for each phase's total; then a line for each process beside them."""
+    peaks = [*plan.peaks.values(), *(server.peak for server in plan.servers)]
+    kinds = [kind for kind in KINDS if any(peak.bytes(kind=kind) for peak in peaks)]
     rows = [["GiB per rank", *kinds, "total", ""]]
     for phase in PHASES:
         peak = plan.peaks[phase]
-        rows += [_line(f"  {owner}", peak, kinds, owner) for owner in plan.setup.networks if peak.bytes(owner=owner)]
-        verdict = "fits" if peak.bytes() <= plan.device else f"{in_gib(peak.bytes() - plan.device)} too much"
-        rows.append([*_line(phase, peak, kinds, None)[:-1], f"{verdict}; peak: {peak.name}"])
+        owners = [owner for owner in (*plan.setup.networks, NAME) if peak.bytes(owner=owner)]
+        rows += [_line(f"  {owner}", peak, kinds, owner) for owner in owners]
+        rows.append(_total(phase, peak, kinds, _judged(peak.bytes() - plan.device)))
+    for server in plan.servers:
+        judged = _judged(server.too_much(plan.device)) if server.devices else "of the host's memory"
+        rows.append(_total(_process(server), server.peak, kinds, judged))
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return [_aligned(row, widths) for row in rows]
 
 
+def _total(name: str, peak: Moment, kinds: Sequence[str], judged: str) -> list[str]:
+    return [*_line(name, peak, kinds, None)[:-1], f"{judged}; peak: {peak.name}"]
+
+
+def _judged(too_much: int) -> str:
+    return f"{gib(too_much)} too much" if too_much > 0 else "fits"
+
+
+def _process(server: Server) -> str:
+    where = "on the CPU" if not server.devices else f"each of {server.devices} devices" if server.devices > 1 else ""
+    return ", ".join(filter(None, [f"{server.name} apart", where]))
+
+
 def _line(name: str, peak: Moment, kinds: Sequence[str], owner: str | None) -> list[str]:
     sizes = [peak.bytes(owner=owner, kind=kind) for kind in kinds]
-    return [name, *(in_gib(size) if size else "-" for size in sizes), in_gib(peak.bytes(owner=owner)), ""]
+    return [name, *(gib(size) if size else "-" for size in sizes), gib(peak.bytes(owner=owner)), ""]
 
 
 def _aligned(row: Sequence[str], widths: Sequence[int]) -> str:
@@ -77,19 +91,20 @@ def _aligned(row: Sequence[str], widths: Sequence[int]) -> str:
 
 
 def _verdict(plan: Plan) -> list[str]:
-    most, device = in_gib(plan.peak), in_gib(plan.device)
+    peaks = [plan.peak, *(server.peak.bytes() for server in plan.servers if server.devices)]
+    most, device = gib(max(peaks)), gib(plan.device)
     verdict = "It fits" if plan.fits else "It does not fit"
-    lines = [f"{verdict}: {most} GiB at most, and a device has {device} GiB."]
+    lines = [f"{verdict}: {most} GiB at most, and a device has {device} GiB.", *of_engine(plan)]
     if plan.host:
-        node = in_gib(plan.host * plan.setup.ranks_per_node)
-        lines.append(f"Host memory: {in_gib(plan.host)} GiB per rank, {node} GiB per node, beside the processes.")
+        node = gib(plan.host * plan.setup.ranks_per_node)
+        lines.append(f"Host memory: {gib(plan.host)} GiB per rank, {node} GiB per node, beside the processes.")
     return lines
 
 
 def _settings(plan: Plan, advice: Sequence[Advice]) -> list[str]:
     width = max(len(" ".join(item.overrides)) for item in advice)
     return [
-        f"  {' '.join(item.overrides).ljust(width)}  -{in_gib(item.saved)} GiB"
+        f"  {' '.join(item.overrides).ljust(width)}  -{gib(item.saved)} GiB"
         + ("  then it fits" if item.plan.fits else "")
         + (f"  but {'; '.join(item.costs)}" if item.costs else "")
         for item in advice

@@ -76,4 +76,5 @@ class _Timer(L.Callback):
     def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_: Any) -> None:
         assert isinstance(module, PPOModule)
         self.rollouts.append(module.phases.seconds["rollout"])
-        self.tokens.append(int(module.last_rollout.lengths.sum()))
+        rollout: Any = module.last_rollout
+        self.tokens.append(int(rollout.lengths.sum()))

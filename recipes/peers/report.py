@@ -61,8 +61,8 @@ def _figures(entry: Entry, first: Entry, workload: Workload, bandwidth: float | 
         f"{entry.slower_than(first):.2f} ×" if first.rounds else "–",
         f"{entry.median(lambda r: r.sample.seconds):.2f}",
         f"{entry.median(lambda r: r.sample.tokens):,.0f}",
-        _size(entry.peak),
-        _size(entry.peer.extra_weight_bytes),
+        size(entry.peak),
+        size(entry.peer.extra_weight_bytes),
         f"{entry.median(lambda r: r.to_inference):.4f}",
         f"{entry.median(lambda r: r.to_training):.4f}",
     )
@@ -92,7 +92,8 @@ def print_table(rows: Sequence[Sequence[str]]) -> None:
         print("  ".join([first.ljust(widths[0]), *(c.rjust(w) for c, w in zip(rest, widths[1:], strict=True))]))
 
 
-def _size(count: int | None) -> str:
+def size(count: int | None) -> str:
+    """Bytes for a table."""
     if count is None:
         return "–"
     if count == 0:

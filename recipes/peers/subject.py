@@ -34,6 +34,8 @@ def _shape(family: str, vocab: int, hidden: int, inner: int, layers: int, heads:
 
 SHAPES: dict[str, dict[str, Any]] = {
     "tiny": _shape("llama", 2048, 128, 384, 2, 8, 4, True),
+    "llama-4m": _shape("llama", 2048, 256, 704, 4, 8, 4, True),
+    "llama-110m": _shape("llama", 32000, 768, 2048, 12, 12, 12, True),
     "qwen2-0.5b": _shape("qwen2", 151936, 896, 4864, 24, 14, 2, True),
     "qwen2-1.5b": _shape("qwen2", 151936, 1536, 8960, 28, 12, 2, True),
     "qwen2-7b": _shape("qwen2", 152064, 3584, 18944, 28, 28, 4, False),

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -40,3 +42,37 @@ def test_a_whole_step_is_measured_beside_trl_or_trl_is_absent(finished: tuple[Pa
 def test_the_figures_are_drawn(finished: tuple[Path, Ended]) -> None:
     folder, _ = finished
     assert (folder / "bars.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+def test_native_and_vllm_are_measured_inside_ppo_or_vllm_is_absent(tmp_path: Path) -> None:
+    size = ["--shape", "llama-4m", "--size", "4x8", "--stages", "3", "--ranks", "2", "--iterations", "1"]
+    few = ["--rounds", "1", "--pushes", "1", "--png", tmp_path / "bars.png"]
+    ended = run([sys.executable, ROOT / "recipes" / "benchmark.py", "ppo", *size, *few], tmp_path, timeout=600)
+    assert ended.code == 0, ended
+    assert re.search(r"^ZeRO-3, 2 ranks, native +[\d,]+ +– ", ended.out, re.MULTILINE), ended
+    native, vllm = json.loads((tmp_path / "bars.json").read_text())["cells"]
+    (iteration,) = native["rounds"][0]["iterations"]
+    assert 0 < iteration["tokens"] <= 4 * 8
+    assert iteration["rollout"] >= iteration["generate"] > 0
+    assert iteration["push"] == iteration["wake"] == iteration["sleep"] == 0
+    assert native["rounds"][0]["resident"].keys() == {"rollout", "reward", "experience", "update"}
+    assert min(native["rounds"][0]["resident"].values()) > native["rounds"][0]["libraries"]
+    if find_spec("vllm") is None:
+        assert re.search(r"^ZeRO-3, 2 ranks, vllm: absent: 'import vllm' fails: ", ended.out, re.MULTILINE), ended
+        return
+    assert vllm["note"] is None, ended
+    measured = vllm["rounds"][0]
+    assert measured["iterations"][0]["push"] > 0
+    assert measured["iterations"][0]["gap_max"] < 1e-4
+    assert {push["order"] for push in measured["pushes"]} == {"one pass", "per parameter"}
+    # Changed weights arrive in either order, and all of them.
+    assert max(push["gap"] for push in measured["pushes"]) < 1e-4
+    assert re.search(r"^ZeRO-3, 2 ranks +[\d.]+ +[\d.]+ +[\d.]+ × ", ended.out, re.MULTILINE), ended
+
+
+def test_responses_that_ranks_cannot_share_evenly_are_refused(tmp_path: Path) -> None:
+    command = [sys.executable, ROOT / "recipes" / "benchmark.py", "ppo", "--shape", "tiny", "--size", "5x8"]
+    ended = run(command, tmp_path, timeout=90)
+    assert ended.code == 1
+    assert "5 responses are not shared evenly by each of --ranks [1, 2]" in ended.err

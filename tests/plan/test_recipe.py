@@ -7,11 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 from lightning_hybrid.config import PlanRun, PPORun
 from lightning_hybrid.config.run import compose_run
-from lightning_hybrid.errors import ConfigError
 from tests.plan.plans import LLAMA
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -36,10 +33,3 @@ def test_experiments_of_ppo_are_planned_as_they_are() -> None:
     assert planned.strategy == run.strategy
     assert planned.rollout == run.rollout
     assert planned.data.batch_size == run.data.batch_size
-
-
-def test_what_vllm_takes_is_not_known_and_said() -> None:
-    with pytest.raises(
-        ConfigError, match="rollout.backend = 'vllm': the plan does not know what vLLM takes: plan with"
-    ):
-        compose_run("plan", PlanRun, ["experiment=movie_sentiment/ppo", "rollout=vllm"])
