@@ -76,7 +76,7 @@ def stream() -> WeightStream:
 
 
 def one_round(engine: SleepingEngine, version: object) -> None:
-    with engine.awake(version, stream()):
+    with engine.awake(version, None if engine.has(version) else stream()):
         assert engine.generate([[1, 2]], [None]) == ["a response"]
 
 
@@ -254,6 +254,34 @@ def test_a_run_whose_engines_do_not_come_out_even_is_refused_before_anything_is_
         compose_run("ppo", PPORun, [*needed, "trainer.devices=2", "rollout.vllm.num_engines=3"])
     run = compose_run("ppo", PPORun, [*needed, "trainer.devices=2", "rollout.vllm.tensor_parallel_size=2"])
     assert run.rollout.backend == "vllm"
+
+
+@pytest.mark.parametrize(("engines", "ranks"), [(1, 5), (2, 4), (4, 2), (3, 3)])
+def test_separate_engines_and_ranks_of_which_one_divides_the_other_come_out_even(engines: int, ranks: int) -> None:
+    assert VLLMConfig(colocate=False, num_engines=engines, tensor_parallel_size=8).problem_with(ranks) is None
+
+
+@pytest.mark.parametrize(("engines", "ranks"), [(2, 3), (3, 2)])
+def test_separate_engines_that_ranks_cannot_share_evenly_are_refused_with_the_numbers(engines: int, ranks: int) -> None:
+    problem = VLLMConfig(colocate=False, num_engines=engines).problem_with(ranks)
+    assert problem is not None
+    assert problem.startswith(f"{engines} engines (num_engines) cannot be shared evenly by {ranks} ranks")
+
+
+def test_devices_are_named_for_separate_engines_only_and_for_each_of_them() -> None:
+    with pytest.raises(ConfigError, match=r"devices = \[1\]: are the ranks' own with colocate=true"):
+        VLLMConfig(devices=[1])
+    with pytest.raises(ConfigError, match=r"devices = \[1, 2, 3\]: 2 × 2 = 4 different ones are needed"):
+        VLLMConfig(colocate=False, devices=[1, 2, 3], num_engines=2, tensor_parallel_size=2)
+    assert VLLMConfig(colocate=False, devices=[2, 3], tensor_parallel_size=2).processes == 1
+
+
+def test_the_group_of_separate_engines_composes() -> None:
+    needed = ["model.path=a-model", "data.path=rows.jsonl", "reward.path=a-reward-model", "rollout=vllm_separate"]
+    run = compose_run("ppo", PPORun, [*needed, "trainer.devices=2"])
+    assert (run.rollout.backend, run.rollout.vllm.colocate) == ("vllm", False)
+    with pytest.raises(ConfigError, match="rollout.vllm: 2 engines .* cannot be shared evenly by 3 ranks"):
+        compose_run("ppo", PPORun, [*needed, "trainer.devices=3", "rollout.vllm.num_engines=2"])
 
 
 def test_engines_that_come_out_even_are_not() -> None:

@@ -40,15 +40,28 @@ def the_words(prompts: list[str], responses: list[str]) -> list[float]:
     return [float(response.count(" the")) for response in responses]
 
 
-def train(folder: str, ranks: int, stage: int, tp: int, lora: bool, backend: str = "vllm") -> list[dict[str, float]]:
+def train(
+    folder: str, ranks: int, stage: int, tp: int, lora: bool, backend: str = "vllm", separate: int = 0
+) -> list[dict[str, float]]:
+    """Figures of each iteration.
+
+    Args:
+        folder: with model and prompts.
+        ranks: that train.
+        stage: of ZeRO.
+        tp: devices of an engine.
+        lora: train an adapter.
+        backend: of the rollouts.
+        separate: engines in processes of their own; 0: inside the ranks.
+    """
     root = Path(folder)
     torch.manual_seed(0)  # of the adapter
     policy = load_policy(root / "wide")
     if lora:
         policy = with_adapter(policy, AdapterConfig(r=4))
-    rollout = lh.RolloutConfig(
-        backend=backend, max_new_tokens=16, vllm=VLLMConfig(tensor_parallel_size=tp, kv_cache_gib=0.1)
-    )
+    engines = {"colocate": False, "num_engines": separate, "bucket_mib": 1} if separate else {}
+    vllm = VLLMConfig(tensor_parallel_size=tp, kv_cache_gib=0.1, **engines)
+    rollout = lh.RolloutConfig(backend=backend, max_new_tokens=16, vllm=vllm)
     config = GRPOConfig(group_size=4, actor_lr=1e-3, kl_coef=0.01, micro_batch_size=64)
     tokenizer = load_tokenizer(root / "wide")
     module = lh.PPOModule(policy, the_words, config, rollout, tokenizer, seed=1)
@@ -111,7 +124,7 @@ def folder(shared: Path, tmp_path: Path) -> Path:
 
 
 def on_ranks(run_ranks: RunRanks, folder: Path, ranks: int, *rest: Any) -> list[dict[str, float]]:
-    outputs = run_ranks(train_and_print, ranks, str(folder), ranks, *rest, timeout=400)
+    outputs = run_ranks(train_and_print, ranks, str(folder), ranks, *rest, timeout=1200)
     each = [json.loads(text.rpartition("FIGURES ")[2].splitlines()[0]) for text in outputs]
     assert all(rows == each[0] for rows in each)
     return each[0]
@@ -131,6 +144,20 @@ def test_two_ranks_learn_like_one_whether_they_share_an_engine_or_not(
     assert together[1]["reward/score"] == pytest.approx(alone[1]["reward/score"], abs=0.1)
     assert together[1]["policy/kl"] == pytest.approx(alone[1]["policy/kl"], abs=2e-3)
     assert [row["pushes"] for row in together] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(
+    ("ranks", "stage", "engines", "tp", "lora"), [(2, 3, 1, 1, True), (1, 2, 2, 1, False), (2, 3, 1, 2, False)]
+)
+def test_ranks_learn_from_separate_engines_as_from_their_own(
+    folder: Path, run_ranks: RunRanks, ranks: int, stage: int, engines: int, tp: int, lora: bool
+) -> None:
+    inside = on_ranks(run_ranks, folder, 1, 2, 1, lora)
+    beside = on_ranks(run_ranks, folder, ranks, stage, tp, lora, "vllm", engines)
+    assert all(row["rollout/logprob_gap_max"] < 1e-4 for row in beside)
+    assert beside[0]["reward/score"] == inside[0]["reward/score"]
+    assert beside[1]["reward/score"] == pytest.approx(inside[1]["reward/score"], abs=0.1)
+    assert beside[1]["policy/kl"] == pytest.approx(inside[1]["policy/kl"], abs=2e-3)
 
 
 def test_it_learns_like_the_native_backend(folder: Path, run_ranks: RunRanks) -> None:

@@ -11,7 +11,7 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from lightning_hybrid.config import RolloutConfig
 from lightning_hybrid.containers import Shard
-from lightning_hybrid.engines.agreement import number_of_ranks, on_every_rank
+from lightning_hybrid.engines.agreement import number_of_ranks, of_all_ranks, on_every_rank
 from lightning_hybrid.engines.tensor_parallel import GroupPrompts, gather_prompts, tensor_parallel_shard
 from lightning_hybrid.errors import ConfigError, RolloutError
 from lightning_hybrid.generation import Rollout, SamplingParams, check_prompts
@@ -20,8 +20,8 @@ from lightning_hybrid.rollout import RolloutBackend
 from lightning_hybrid.rollout.params import sampling_params
 from lightning_hybrid.rollout.vllm.engine import SleepingEngine
 from lightning_hybrid.rollout.vllm.requests import rollout_of, sampling_of
-from lightning_hybrid.rollout.vllm.startup import check_room, end_engine, import_vllm, start_engine
-from lightning_hybrid.rollout.vllm.weights import WeightStream
+from lightning_hybrid.rollout.vllm.startup import cache_bytes, check_room, end_engine, import_vllm, start_engine
+from lightning_hybrid.rollout.vllm.weights import WeightStream, version_of
 
 
 class VLLMRollout(RolloutBackend):
@@ -42,7 +42,9 @@ class VLLMRollout(RolloutBackend):
         self.eos_ids = tuple(eos_ids)
         self.pad_id = pad_id
         self.engine: SleepingEngine | None = None
+        self.figures: dict[str, float] = {}
         self._shard = Shard()
+        self._cache: int | None = None  # bytes of the KV cache that the first engine had
         self._started_for: tuple[Any, torch.device, torch.dtype]
 
     def prepare(self, model: Any, device: torch.device, dtype: torch.dtype) -> None:
@@ -63,11 +65,18 @@ class VLLMRollout(RolloutBackend):
         on_every_rank(self.close, "ending vLLM", ConfigError)
         # What one rank alone may fail at comes before what vLLM's ranks do together.
         on_every_rank(import_vllm, "importing vLLM", ConfigError)
-        on_every_rank(lambda: check_room(config, device), "vLLM", ConfigError)
+        if self._cache is None:
+            on_every_rank(lambda: check_room(config, device), "vLLM", ConfigError)
         weights = WeightStream(model)
         self._shard = tensor_parallel_shard(size) if size > 1 else Shard()
         self._started_for = (model, device, dtype)
-        self.engine = on_every_rank(lambda: start_engine(weights, config, device, dtype), "starting vLLM", ConfigError)
+        cache = self._cache
+        self.engine = on_every_rank(
+            lambda: start_engine(weights, config, device, dtype, cache), "starting vLLM", ConfigError
+        )
+        # Started anew, training holds memory that was free at first: it is to ask for what it had, not for a share.
+        measured = [size for size in of_all_ranks(cache_bytes(self.engine)) if size is not None]
+        self._cache = min(measured, default=cache)
 
     def close(self) -> None:
         """End this rank's engine."""
@@ -106,12 +115,12 @@ class VLLMRollout(RolloutBackend):
             self.prepare(model, first.device, first.dtype)
         on_every_rank(lambda: self._check(model, prompts, sampling), "the rollout", RolloutError)
         together = gather_prompts(prompts, indices, seed, sampling, self._shard)
-        version = _version(engine, model)
+        version = version_of(engine, model)
         rollout = self._attempts(lambda: self._generated(version, model, together, sampling, seed))
+        self.figures = self._engine.figures
         if hasattr(engine, "timings"):
-            seconds = self._engine.seconds
-            waking = sum(value for name, value in seconds.items() if name != "generate")
-            engine.timings.add_generation(len(prompts) * n, waking, seconds["generate"])
+            others = sum(seconds for name, seconds in self.figures.items() if name != "generate_seconds")
+            engine.timings.add_generation(len(prompts) * n, others, self.figures["generate_seconds"])
         return rollout.rows(together.begin * n, together.end * n)
 
     @property
@@ -135,7 +144,8 @@ class VLLMRollout(RolloutBackend):
             return rollout_of(rows, outputs, self.eos_ids, self.pad_id, self._started_for[1])
 
         # vLLM also draws from the streams that training goes on with.
-        with isolate_rng(), self._engine.awake(version, WeightStream(model), _agreed):
+        weights = None if self._engine.has(version) else WeightStream(model)
+        with isolate_rng(), self._engine.awake(version, weights, _agreed):
             rollout: Rollout = _agreed(respond, "generating")
         return rollout
 
@@ -161,11 +171,3 @@ class EngineFailedError(RolloutError):
 
 def _agreed(step: Callable[[], Any], what: str) -> Any:
     return on_every_rank(step, f"vLLM, {what},", EngineFailedError)
-
-
-def _version(engine: Any, model: Any) -> object:
-    """What tells weights from those of another time; None for a bare model, of which nothing tells."""
-    if engine is model:
-        return None
-    off = any(getattr(layer, "disable_adapters", False) for layer in model.modules())
-    return id(engine), engine.global_steps, off

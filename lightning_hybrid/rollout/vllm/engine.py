@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any, Literal, cast
 
 from lightning_hybrid.errors import RolloutError
-from lightning_hybrid.rollout.vllm.weights import WeightStream
+from lightning_hybrid.rollout.vllm.weights import WeightStream, refuse_others
 
 State = Literal["asleep", "holds weights", "awake"]
 Agreed = Callable[[Callable[[], Any], str], Any]
@@ -34,7 +34,7 @@ class SleepingEngine:
 
     Attributes:
         pushes: how often weights were pushed.
-        seconds: of the last time that each step took, by name.
+        seconds: that each step of the last round took, by name.
     """
 
     def __init__(self, llm: Any, *, sleeps: bool, level: int, shapes: dict[str, tuple[int, ...]] | None = None) -> None:
@@ -47,27 +47,44 @@ class SleepingEngine:
         self._sleep()
 
     @contextmanager
-    def awake(self, version: object, weights: WeightStream, agreed: Agreed = alone) -> Iterator[None]:
+    def awake(self, version: object, weights: WeightStream | None, agreed: Agreed = alone) -> Iterator[None]:
         """Be awake inside the block, with these weights.
 
         Args:
-            version: of the weights; they are pushed where it is another one than the last time, or None.
-            weights: to be pushed.
+            version: of the weights, to be known by; None for weights that nothing is known of.
+            weights: to be pushed; None where :meth:`has` said that it has them.
             agreed: runs each step, so that no rank goes on where another one failed.
 
         Raises:
             RolloutError: for weights of another architecture, before it wakes.
         """
-        self._refuse_others(weights)
+        if weights is not None and self._shapes is not None:
+            refuse_others(weights.shapes, self._shapes)
+        self.seconds = {}
         try:
             agreed(lambda: self._wake("weights"), "waking for weights")
-            if version is None or version != self._version:
+            if weights is not None:
                 agreed(lambda: self._push(weights), "taking the weights")
                 self._version = version
             agreed(lambda: self._wake("kv_cache"), "waking to generate")
             yield
         finally:
             self._sleep()
+
+    def has(self, version: object) -> bool:
+        """Whether it still has the weights of this version, so that they need not be pushed."""
+        return version is not None and version == self._version
+
+    @property
+    def figures(self) -> dict[str, float]:
+        """Seconds of the last round: of pushing weights, of waking, of generating, of falling asleep."""
+        taken = self.seconds
+        return {
+            "sync_seconds": taken.get("push", 0.0),
+            "wake_seconds": taken.get("wake_weights", 0.0) + taken.get("wake_kv_cache", 0.0),
+            "generate_seconds": taken.get("generate", 0.0),
+            "sleep_seconds": taken.get("sleep", 0.0),
+        }
 
     def generate(self, prompts: Sequence[Sequence[int]], sampling: Sequence[Any]) -> list[Any]:
         """vLLM's output for each prompt of token ids, drawn as its own ``vllm.SamplingParams`` say.
@@ -81,15 +98,6 @@ class SleepingEngine:
         with self._timed("generate"):
             outputs: list[Any] = self.llm.generate(requests, list(sampling), use_tqdm=False)
         return outputs
-
-    def _refuse_others(self, weights: WeightStream) -> None:
-        if self._shapes is None or weights.shapes == self._shapes:
-            return
-        differing = sorted(name for name, _ in self._shapes.items() ^ weights.shapes.items())
-        raise RolloutError(
-            f"vLLM was started for a model of another architecture: {differing[0]!r} and {len(differing) - 1} others "
-            "differ; a reference of another one than the policy's (model.reference) needs rollout.backend=native or hf"
-        )
 
     def _wake(self, what: Literal["weights", "kv_cache"]) -> None:
         with self._timed(f"wake_{what}"):

@@ -70,7 +70,9 @@ def check_room(config: VLLMConfig, device: torch.device) -> None:
         )
 
 
-def start_engine(weights: WeightStream, config: VLLMConfig, device: torch.device, dtype: torch.dtype) -> SleepingEngine:
+def start_engine(
+    weights: WeightStream, config: VLLMConfig, device: torch.device, dtype: torch.dtype, cache: int | None = None
+) -> SleepingEngine:
     """An engine for a model's architecture, asleep, with weights that mean nothing; all ranks call it.
 
     Args:
@@ -78,6 +80,7 @@ def start_engine(weights: WeightStream, config: VLLMConfig, device: torch.device
         config: of the engine.
         device: of this rank.
         dtype: of its weights and arithmetic.
+        cache: bytes of its KV cache; None: as configured.
 
     Raises:
         ConfigError: if vLLM cannot run the model, or not in the memory that it may have.
@@ -89,19 +92,10 @@ def start_engine(weights: WeightStream, config: VLLMConfig, device: torch.device
     with tempfile.TemporaryDirectory() as folder, _no_trace(device):
         weights.config.save_pretrained(folder)
         arguments = {
-            "model": folder,
-            "load_format": "dummy",
-            "dtype": str(dtype).removeprefix("torch."),
-            "tensor_parallel_size": config.tensor_parallel_size,
+            **common_arguments(config, folder, device, str(dtype).removeprefix("torch.")),
             "distributed_executor_backend": "external_launcher",
             "enable_sleep_mode": sleeps,
-            "logprobs_mode": "processed_logprobs",
-            "generation_config": "vllm",  # nothing of the model's own: how to draw is the rollout's
-            "skip_tokenizer_init": True,
-            "disable_log_stats": True,
-            "seed": 0,
-            "max_model_len": -1,  # the model's positions, or as many as the cache has room for
-            **_memory(config, device),
+            **({} if cache is None else _cache_of(cache)),
             **config.options,
         }
         try:
@@ -109,10 +103,7 @@ def start_engine(weights: WeightStream, config: VLLMConfig, device: torch.device
             engine = SleepingEngine(llm, sleeps=sleeps, level=config.sleep_level, shapes=weights.shapes)
         except Exception as error:
             _clean_up(vllm)
-            raise ConfigError(
-                f"vLLM {vllm.__version__} did not start for {weights.config.architectures[0]}: {error}; look at "
-                "rollout.vllm, or use rollout.backend=native"
-            ) from error
+            raise not_started(vllm, weights.config.architectures[0], error) from error
     _running.append(engine)
     return engine
 
@@ -146,13 +137,60 @@ def _forget() -> None:
         torch.cuda.empty_cache()
 
 
+def common_arguments(config: VLLMConfig, folder: str, device: torch.device, dtype: str) -> dict[str, Any]:
+    """Arguments of ``vllm.LLM`` wherever an engine lives.
+
+    Args:
+        config: of the engine.
+        folder: with the model's ``config.json``.
+        device: that it runs on.
+        dtype: of its weights and arithmetic.
+    """
+    return {
+        "model": folder,
+        "load_format": "dummy",
+        "dtype": dtype,
+        "tensor_parallel_size": config.tensor_parallel_size,
+        "logprobs_mode": "processed_logprobs",
+        "generation_config": "vllm",  # nothing of the model's own: how to draw is the rollout's
+        "skip_tokenizer_init": True,
+        "disable_log_stats": True,
+        "seed": 0,
+        "max_model_len": -1,  # the model's positions, or as many as the cache has room for
+        **_memory(config, device),
+    }
+
+
+def not_started(vllm: Any, architecture: str, error: Exception) -> ConfigError:
+    """What to say where ``vllm.LLM`` raised this error."""
+    return ConfigError(
+        f"vLLM {vllm.__version__} did not start for {architecture}: {error}; look at rollout.vllm, or use "
+        "rollout.backend=native"
+    )
+
+
+def cache_bytes(engine: SleepingEngine) -> int | None:
+    """Bytes of an engine's KV cache on this rank's device, as vLLM measured them; None where it measured nothing."""
+    return engine.llm.collective_rpc(_measured_cache)[0]  # type: ignore[no-any-return]
+
+
+def _measured_cache(worker: Any) -> int | None:
+    measured = getattr(worker, "available_kv_cache_memory_bytes", None)
+    return None if measured is None else int(measured)
+
+
 def _memory(config: VLLMConfig, device: torch.device) -> dict[str, Any]:
     if device.type == "cpu":
         size = int((config.kv_cache_gib or 1.0) * GIB)
         return {"kv_cache_memory_bytes": size, "enforce_eager": True, "block_size": 32}
     if config.kv_cache_gib is not None:
-        return {"kv_cache_memory_bytes": int(config.kv_cache_gib * GIB)}
+        return _cache_of(int(config.kv_cache_gib * GIB))
     return {"gpu_memory_utilization": config.gpu_memory_utilization}
+
+
+def _cache_of(size: int) -> dict[str, Any]:
+    # vLLM wants the share to be free before it looks at the size, of which alone it then takes the cache.
+    return {"kv_cache_memory_bytes": size, "gpu_memory_utilization": 0.01}
 
 
 @contextmanager

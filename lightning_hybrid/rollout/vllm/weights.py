@@ -28,6 +28,8 @@ class WeightStream:
     Attributes:
         config: of the model that they are the weights of.
         shapes: of each, by name.
+        announced: name, dtype and shape of each, in their order, as JSON can carry them.
+        bytes: of all of them.
 
     Raises:
         RolloutError: for adapters that cannot be merged, or a family that vLLM knows with other tensors.
@@ -44,6 +46,8 @@ class WeightStream:
             )
         self.config = published_config(base, {entry.name for entry in published})
         self.shapes = {entry.name: entry.shape for entry in published}
+        self.announced = [(e.name, str(e.dtype).removeprefix("torch."), list(e.shape)) for e in published]
+        self.bytes = sum(entry.bytes for entry in published)
         self._layers = [list(group) for _, group in groupby(published, key=_layer_of)]
         self._iterator = self._weights()
 
@@ -64,6 +68,38 @@ class WeightStream:
             names = [entry.name for entry in layer]
             while names:
                 yield names.pop(0), values.pop(0)
+
+
+def version_of(engine: Any, model: Any) -> object:
+    """What tells weights from those of another time; None for a bare model, of which nothing tells.
+
+    Args:
+        engine: that trains, or the bare model.
+        model: the causal LM in it.
+    """
+    if engine is model:
+        return None
+    off = any(getattr(layer, "disable_adapters", False) for layer in model.modules())
+    return id(engine), engine.global_steps, off
+
+
+def refuse_others(given: dict[str, tuple[int, ...]], started_for: dict[str, tuple[int, ...]]) -> None:
+    """Refuse the weights of a model that engines were not started for.
+
+    Args:
+        given: shapes by name.
+        started_for: the same of the model that they were started for.
+
+    Raises:
+        RolloutError: naming one that differs.
+    """
+    if given == started_for:
+        return
+    differing = sorted(name for name, _ in started_for.items() ^ given.items())
+    raise RolloutError(
+        f"vLLM was started for a model of another architecture: {differing[0]!r} and {len(differing) - 1} others "
+        "differ; a reference of another one than the policy's (model.reference) needs rollout.backend=native or hf"
+    )
 
 
 def _layer_of(entry: Entry) -> str:
