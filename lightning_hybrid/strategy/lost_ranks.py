@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch.distributed
 
 from lightning_hybrid.errors import RankLostError
-from lightning_hybrid.strategy.liveness import GRACE, Liveness, is_failed_collective
+from lightning_hybrid.strategy.liveness import EXIT_CODE, GRACE, Liveness, is_failed_collective, write_to_stderr
 
 if TYPE_CHECKING:
     from lightning_hybrid.strategy.processes import ProcessesStrategy
@@ -31,6 +32,7 @@ SAID = (
     "load_checkpoint",
 )
 UNSAID = ("setup_environment", "backward", "barrier", "broadcast", "reduce", "all_gather")
+MEETING_ADVICE = "on several hosts, 'lightning-hybrid doctor' on each may say why"
 
 
 def names_lost_ranks(strategy_class: T) -> T:
@@ -47,24 +49,38 @@ def names_lost_ranks(strategy_class: T) -> T:
 def _watched(method: Callable[..., Any], what: str | None) -> Callable[..., Any]:
     @functools.wraps(method)
     def call(self: ProcessesStrategy, *args: Any, **kwargs: Any) -> Any:
-        alone = _meeting if method.__name__ == "setup_environment" else nullcontext
-        with alone() if self.liveness is None else self.liveness.doing(what):
+        alone = _meeting(self._timeout) if method.__name__ == "setup_environment" else nullcontext()
+        with alone if self.liveness is None else self.liveness.doing(what):
             return method(self, *args, **kwargs)
 
     return call
 
 
 @contextmanager
-def _meeting() -> Iterator[None]:
-    """While ranks meet, nobody is known by name yet."""
+def _meeting(timeout: timedelta | None) -> Iterator[None]:
+    """While ranks meet, nobody is known by name yet; gloo may wait for ever for a host that went away meanwhile."""
+    patience = 2 * seconds(timeout) + GRACE  # for the store, and for the others
+    watch = threading.Timer(patience, _end_meeting, [patience])
+    watch.daemon = True
+    watch.start()
     try:
         yield
     except Exception as error:
         if is_failed_collective(error):
-            place = ":".join(os.environ.get(name, "?") for name in ("MASTER_ADDR", "MASTER_PORT"))
-            advice = "on several hosts, 'lightning-hybrid doctor' on each may say why"
-            raise RankLostError(f"ranks could not meet at {place}: {error}; {advice}") from error
+            raise RankLostError(f"ranks could not meet at {_place()}: {error}; {MEETING_ADVICE}") from error
         raise
+    finally:
+        watch.cancel()
+
+
+def _end_meeting(patience: float) -> None:
+    rank = os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0"))
+    write_to_stderr(f"rank {rank} did not meet the others at {_place()} within {patience:.0f} s; {MEETING_ADVICE}")
+    os._exit(EXIT_CODE)
+
+
+def _place() -> str:
+    return ":".join(os.environ.get(name, "?") for name in ("MASTER_ADDR", "MASTER_PORT"))
 
 
 def begin_liveness(strategy: ProcessesStrategy) -> Liveness | None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -74,3 +77,19 @@ def test_only_a_store_that_outlives_ranks_is_shared_out(monkeypatch: pytest.Monk
     assert store_of_this_start(LightningEnvironment(), None) is None
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "False")
     assert store_of_this_start(TorchElasticEnvironment(), None) is None
+
+
+def test_a_rank_that_hangs_while_it_meets_the_others_is_ended_with_a_word() -> None:
+    code = (
+        "import time\n"
+        "from datetime import timedelta\n"
+        "from lightning_hybrid.strategy import lost_ranks\n"
+        "lost_ranks.GRACE = 0.5\n"
+        "with lost_ranks._meeting(timedelta(seconds=0.25)):\n"
+        "    time.sleep(60)\n"
+    )
+    environment = {**os.environ, "RANK": "1", "MASTER_ADDR": "node1", "MASTER_PORT": "29500"}
+    ended = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 75
+    assert "rank 1 did not meet the others at node1:29500 within 1 s" in ended.stderr
+    assert "lightning-hybrid doctor" in ended.stderr
