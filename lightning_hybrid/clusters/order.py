@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_hybrid.config import Run
+from lightning_hybrid.settings import without_credentials
 
 # What belongs to a host, a login or a process, and not to the run.
 OF_HOST = {
@@ -24,7 +25,7 @@ RESTARTS = "SLURM_RESTART_COUNT"  # of a command that SLURM has started again
 OF_RANKS = {
     *("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"),
 }
-SECRET = ("TOKEN", "KEY", "SECRET", "PASSWORD", "CREDENTIAL")
+SECRET = ("TOKEN", "KEY", "SECRET", "PASS", "CREDENTIAL", "AUTH")
 
 
 @dataclass(frozen=True)
@@ -74,8 +75,13 @@ def _variables(*, secret: bool) -> dict[str, str]:
         for name, value in os.environ.items()
         if name not in OF_HOST | OF_RANKS
         if name == RESTARTS or not name.startswith(OF_HOST_PREFIXES)
-        if secret == any(word in name.upper() for word in SECRET)
+        if secret == _is_secret(name, value)
     }
+
+
+def _is_secret(name: str, value: str) -> bool:
+    """By its name, or as the address of a proxy or a database with a password in it."""
+    return any(word in name.upper() for word in SECRET) or without_credentials(value) != value
 
 
 def code_folders() -> list[str]:

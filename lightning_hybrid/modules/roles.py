@@ -23,6 +23,7 @@ from lightning_hybrid.models import (
 from lightning_hybrid.models.adapters import AdaptersOff, has_adapter
 from lightning_hybrid.modules.reference import ServedReference
 from lightning_hybrid.rewards import (
+    CachedReward,
     LearnedReward,
     Reward,
     RewardCallable,
@@ -109,6 +110,8 @@ def make_critic(
         return source
     if source is not None:
         return load_scalar(source)
+    if isinstance(reward, CachedReward):  # of a classifier in a process of its own, whose scores can be kept
+        reward = reward.reward
     if isinstance(reward, ServedReward):
         reward = load_model_reward(reward.source)  # whose weights are the critic's to begin with
     if isinstance(reward, LearnedReward) and reward.tokenizer.get_vocab() == tokenizer.get_vocab():

@@ -12,6 +12,7 @@ from lightning_hybrid.data.templates import TURNS
 from lightning_hybrid.errors import RewardError, ServerError
 from lightning_hybrid.rewards.base import Fields, Reward
 from lightning_hybrid.rewards.classifier import identity_of
+from lightning_hybrid.rewards.templates import CHAT
 from lightning_hybrid.serving import ServerClient, ServerSpec
 
 PROCESS = "lightning_hybrid.rewards.reward_process"
@@ -57,8 +58,9 @@ class ServedReward(Reward):
         return super().identity() if self.source.classifier is None else identity_of(self.source.classifier)
 
     def columns_read(self, fields: Fields | None) -> frozenset[str]:
-        """The turns of prompts, which a chat template takes."""
-        return frozenset({TURNS} & {*(fields or {})})
+        """The turns of prompts, where a chat template takes them: those of the same model in a rank, for a cache."""
+        source = self.source.classifier
+        return frozenset({TURNS} & {*(fields or {})} if source is None or source.template == CHAT else ())
 
     def prepare(self, prompts: list[str], responses: list[str], fields: Fields | None = None) -> Tensor:
         """The scores, ``[batch]`` float32 on the CPU.

@@ -181,7 +181,13 @@ class _LocalServer:
             ConfigError: if it cannot start.
         """
         line = self.answers.readline()
-        answer = json.loads(line) if line.endswith(b"\n") else {}
+        try:
+            answer: dict[str, str] = dict(json.loads(line)) if line.endswith(b"\n") else {}
+        except (ValueError, TypeError) as error:
+            raise ConfigError(
+                f"{self.spec.what} did not start: what it imports printed {line[:200]!r} to stdout, where it says its "
+                "address: have that go to stderr"
+            ) from error
         if "url" not in answer:
             reason = answer.get("error") or self._how_it_ended()
             raise ConfigError(f"{self.spec.what} did not start: {reason}{self._last_words()}")

@@ -59,6 +59,7 @@ def test_secrets_are_not_shown_and_what_belongs_to_the_host_is_not_sent(monkeypa
     for name, value in {
         "JUDGE_TOKEN": "t",
         "WANDB_API_KEY": "k",
+        "HTTPS_PROXY": "http://me:word@proxy:3128",
         "PLAIN": "p",
         "RANK": "3",
         "SLURM_JOB_ID": "7",
@@ -66,6 +67,8 @@ def test_secrets_are_not_shown_and_what_belongs_to_the_host_is_not_sent(monkeypa
         monkeypatch.setenv(name, value)
     shown, secret = shown_variables(), secret_variables()
     assert (secret["JUDGE_TOKEN"], secret["WANDB_API_KEY"]) == ("t", "k")
+    assert secret["HTTPS_PROXY"] == "http://me:word@proxy:3128"
+    assert not [value for value in shown.values() if "me:word" in value]
     assert shown["PLAIN"] == "p"
     assert not {"JUDGE_TOKEN", "WANDB_API_KEY", "PATH", "HOME", "RANK", "SLURM_JOB_ID", "CUDA_VISIBLE_DEVICES"} & {
         *shown

@@ -53,6 +53,10 @@ def test_both_roles_take_a_process_and_a_device() -> None:
             ["roles.reference.separate=true", "trainer.num_nodes=2"],
             "roles.reference.separate = True: only the first of trainer.num_nodes=2 would reach it: use launcher=ray",
         ),
+        (
+            ["rollout=vllm_separate", "trainer.num_nodes=2"],
+            "rollout.vllm.colocate = False: only the first of trainer.num_nodes=2 would reach the engines",
+        ),
     ],
 )
 def test_what_cannot_be_is_refused_with_its_remedy(overrides: list[str], problem: str) -> None:

@@ -12,12 +12,14 @@ import pytest
 import torch
 
 from lightning_hybrid import PPOConfig, PPOModule, RolloutConfig
-from lightning_hybrid.config import AdapterConfig, RolesConfig
+from lightning_hybrid.config import AdapterConfig, FrozenRoleConfig, RewardSourceConfig, RolesConfig
 from lightning_hybrid.data.task import build_tokenizer
 from lightning_hybrid.errors import ConfigError, RewardError
 from lightning_hybrid.models import with_adapter
 from lightning_hybrid.modules.passes import policy_logprobs
 from lightning_hybrid.modules.reference import ServedReference
+from lightning_hybrid.modules.roles import make_critic
+from lightning_hybrid.rewards import CachedReward, LearnedReward, reward_from
 from lightning_hybrid.serving import ServerClient, start_servers
 from tests.helpers import quiet_trainer, tiny_policy
 from tests.modules.separate import IN_RANKS, SEPARATE, ppo, prompts, save_models
@@ -166,6 +168,15 @@ def test_a_text_that_the_reward_model_cannot_score_is_refused_in_its_own_words(m
             module.reward(["mia", "mia"], ["visits", "visits " * 80])
     finally:
         module.separate.close()
+
+
+def test_a_critic_starts_from_the_reward_model_wherever_that_is_and_where_its_scores_are_kept(models: Path) -> None:
+    source = RewardSourceConfig(classifier={"path": str(models / "reward")}, cache=True)  # type: ignore[arg-type]
+    rewards = [reward_from(source, FrozenRoleConfig(separate=separate)) for separate in (False, True)]
+    assert [type(reward) for reward in rewards] == [LearnedReward, CachedReward]
+    of_rank, of_process = (make_critic(None, reward, tiny_policy(), build_tokenizer()) for reward in rewards)
+    for name, values in of_rank.state_dict().items():
+        torch.testing.assert_close(of_process.state_dict()[name], values, atol=0.0, rtol=0.0)
 
 
 def _trained_by(module: PPOModule) -> PPOModule:

@@ -84,5 +84,7 @@ def test_a_cache_knows_a_classifier_again_wherever_it_runs(tmp_path: Path) -> No
     assert isinstance(served, CachedReward)
     assert here.identity() == served.identity()
     assert "negative" not in served.identity()
+    turns = {"prompt_turns": TURNS}
+    assert here.columns_read(turns) == served.columns_read(turns) == frozenset()  # its template has no turns
     other = source.model_copy(update={"classifier": ClassifierConfig(path=here.reward.config.path, label=1)})
     assert reward_from(other, SEPARATE).identity() != served.identity()

@@ -185,6 +185,7 @@ def test_a_killed_child_is_seen_by_its_callers_and_by_its_starter(capfd: pytest.
     assert "[the reference] no space left on device" in capfd.readouterr().err
 
 
+@pytest.mark.slow
 def test_one_that_cannot_start_is_named_and_the_others_are_ended() -> None:
     began = time.monotonic()
     with pytest.raises(ConfigError, match=r"reward did not start: FileNotFoundError: no model at /nowhere") as refused:
@@ -195,6 +196,16 @@ def test_one_that_cannot_start_is_named_and_the_others_are_ended() -> None:
         start_local([role("reward", dies=True)])
 
 
+def test_what_a_library_prints_where_the_address_is_awaited_is_quoted(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "talkative.py").write_text("print('welcome to a library')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ConfigError, match="reward did not start: what it imports printed b'welcome to a library"):
+        start_local([ServerSpec("reward", "talkative", {})])
+
+
+@pytest.mark.slow
 def test_servers_end_by_themselves_when_their_starter_is_killed() -> None:
     rank = subprocess.Popen([sys.executable, "-c", RANK], stdout=subprocess.PIPE, text=True, cwd=ROOT)
     assert rank.stdout is not None
