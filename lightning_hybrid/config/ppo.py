@@ -109,6 +109,15 @@ def _vllm_engines_come_out_even(run: PPORun) -> Problem | None:
     return None if problem is None else Problem("rollout.vllm", problem)
 
 
+def _vllm_engines_are_reached(run: PPORun) -> Problem | None:
+    """Processes of this machine listen on loopback only."""
+    rollout, nodes = run.rollout, run.trainer.num_nodes
+    if rollout.backend != "vllm" or rollout.vllm.colocate or nodes == 1 or run.launcher.name != "local":
+        return None
+    remedy = f"only the first of trainer.num_nodes={nodes} would reach the engines: use launcher=ray, or true"
+    return Problem("rollout.vllm.colocate", remedy, "False")
+
+
 def _overlong_buffer_fits_responses(run: PPORun) -> Problem | None:
     buffer, longest = run.algorithm.overlong_buffer, run.rollout.max_new_tokens
     if buffer is None or buffer < longest:
@@ -257,6 +266,7 @@ class PPORun(Run):
         _kl_is_controlled_in_small_steps,
         _dropout_is_the_roles,
         _vllm_engines_come_out_even,
+        _vllm_engines_are_reached,
         _low_precision_needs_master_weights,
         _rollout_fits_workspace,
         _rollout_knows_old_logprobs,

@@ -174,6 +174,13 @@ def test_who_asks_learns_how_long_an_engine_with_work_is_silent(stepper: Stepper
     assert loop.collect("0", 0.4) == ([], 0.0)  # without work it has nothing to say
 
 
+def test_an_engine_that_is_not_told_to_go_on_is_silent_too(stepper: Stepper) -> None:
+    loop = begun(stepper)
+    loop.pause()
+    loop.submit([job(0, 2)])
+    assert loop.collect("0", 0.2)[1] >= 0.2
+
+
 def test_a_step_that_fails_is_told_to_everybody_who_asks_then_or_later(stepper: Stepper) -> None:
     loop = begun(stepper)
     loop.submit([job(0, 2)])

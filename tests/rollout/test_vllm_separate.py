@@ -18,7 +18,7 @@ from lightning_hybrid.config import RolloutConfig, VLLMConfig
 from lightning_hybrid.engines.agreement import own_rank
 from lightning_hybrid.errors import ConfigError, RolloutError
 from lightning_hybrid.rollout import PromptRequest, make_backend
-from lightning_hybrid.rollout.vllm import SeparateVLLM, fleet
+from lightning_hybrid.rollout.vllm import SeparateVLLM, crew, fleet
 from lightning_hybrid.rollout.vllm.crew import engines_of
 from tests.conftest import RunRanks
 from tests.helpers import tiny_policy
@@ -164,8 +164,9 @@ def test_an_engine_that_fails_in_a_step_or_hangs_in_one_is_lost_too() -> None:
 
 def test_engines_end_with_the_backend_and_a_new_one_can_be_prepared(separate: SeparateVLLM) -> None:
     separate.update(Actor(7))
-    ended = engine_processes()
+    ended, begin = engine_processes(), time.monotonic()
     separate.close()
+    assert time.monotonic() - begin < 4  # at once, without parting from the group of weights
     assert engine_processes() == []
     assert not any(process.is_running() for process in ended)
     assert separate.update(Actor(8)) == 1
@@ -183,6 +184,24 @@ def test_what_cannot_be_asked_for_is_told_where_the_ranks_meet(separate: Separat
         separate.wait([5], 1)
     with pytest.raises(RolloutError, match="another architecture"):
         separate.generate(tiny_policy(intermediate_size=32).model, [[1, 5]], seed=0)
+    assert not separate._goes_on  # what is in flight was held back
+    separate.submit(requests(1), n=1)
+    assert separate.wait([1], 1) == [1]
+
+
+def test_engines_that_other_machines_do_not_reach_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def start(engines: fleet.Fleet) -> None:
+        engines.addresses = [fleet.Address("http://127.0.0.1:1", "token", "vLLM engine 0")]
+
+    def as_on_two(value: Any) -> list[Any]:
+        return [value, "another"] if isinstance(value, str) else [value]
+
+    monkeypatch.setattr(fleet.Fleet, "start", start)
+    monkeypatch.setattr(crew, "of_all_ranks", as_on_two)
+    separate = SeparateVLLM(RolloutConfig(backend="vllm", vllm=VLLMConfig(colocate=False)), [2], 0)
+    with pytest.raises(ConfigError, match="only the first of 2 machines reaches: use launcher=ray, or colocate=true"):
+        separate.prepare(Actor(7).causal_lm, torch.device("cpu"), torch.float32)
+    assert separate.crew is None
 
 
 def test_engines_are_shared_by_neighbours_or_belong_to_one_rank() -> None:

@@ -14,6 +14,7 @@ from lightning_hybrid.engines.agreement import number_of_ranks, of_all_ranks, on
 from lightning_hybrid.errors import ConfigError, RolloutError
 from lightning_hybrid.rollout.vllm.fleet import Address, Fleet, engine_specs
 from lightning_hybrid.rollout.vllm.orders import Lines
+from lightning_hybrid.rollout.vllm.transfer import host_of, is_loopback
 from lightning_hybrid.rollout.vllm.weights import WeightStream, refuse_others
 from lightning_hybrid.serving import ServerClient
 
@@ -55,7 +56,7 @@ class Crew:
         """Start the engines, without weights; all ranks call it.
 
         Raises:
-            ConfigError: on every rank, if one does not start.
+            ConfigError: on every rank, if one does not start, or would not be reached from other machines.
         """
         weights = WeightStream(model)
         self._shapes = weights.shapes
@@ -70,6 +71,11 @@ class Crew:
         self._fleet = on_every_rank(fleet, "vLLM", ConfigError)
         self._by_the_first(Fleet.start, "starting vLLM", ConfigError)
         self._connect()
+        if len(set(hosts)) > 1 and any(is_loopback(host_of(address.url)) for address in self._addresses):
+            raise ConfigError(
+                f"rollout.vllm.colocate=false starts engines that only the first of {len(set(hosts))} machines "
+                "reaches: use launcher=ray, or colocate=true"
+            )
 
     def close(self) -> None:
         """End the engines, on rank 0, and let go of them."""
@@ -151,13 +157,13 @@ class Crew:
         told = of_all_ranks(None if fleet is None else (fleet.addresses, fleet.longest))[0]
         assert told is not None
         before, (self._addresses, self.longest) = self._addresses, told
-        self.lines.lost.clear()
-        for engine in engines_of(own_rank(), number_of_ranks(), len(self._addresses)):
-            if engine in self.lines.clients and before[engine] == self._addresses[engine]:
-                continue
-            if engine in self.lines.clients:
-                self.lines.clients[engine].close()
-            self.lines.clients[engine] = ServerClient(*self._addresses[engine], self._config.timeout_seconds)
+        own = engines_of(own_rank(), number_of_ranks(), len(self._addresses))
+        there = self.lines.clients
+        clients = {engine: there[engine] for engine in own if before and before[engine] == self._addresses[engine]}
+        for engine in own:
+            if engine not in clients:
+                clients[engine] = ServerClient(*self._addresses[engine], self._config.timeout_seconds)
+        self.lines.renew(clients)
 
     def _by_the_first(
         self, step: Callable[[Fleet], Mapping[int, str] | None], what: str, error: type[Any] = RolloutError

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import Any
@@ -89,9 +90,14 @@ class Routes:
 
 def main(make: Callable[[dict[str, Any]], Mapping[str, Route]]) -> None:
     """The body of an engine's process, see :func:`~lightning_hybrid.serving.main_of`."""
-    main_of(make)
-    # It has nothing to bring to an end, and would take seconds to unload vLLM and to part from the group of weights.
-    os._exit(0)
+    try:
+        main_of(make)
+    except SystemExit as end:
+        # It has nothing to bring to an end, and would take seconds to part from the group of weights and unload vLLM.
+        if os.getpgrp() == os.getpid():  # its workers
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            os.killpg(0, signal.SIGTERM)
+        os._exit(end.code if isinstance(end.code, int) else 1)
 
 
 if __name__ == "__main__":

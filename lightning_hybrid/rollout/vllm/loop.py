@@ -115,7 +115,7 @@ class EngineLoop:
         with self._news:
             self._news.wait_for(lambda: self._finished[owner] or self._failure is not None, seconds)
             self.check()
-            silent = time.monotonic() - self._last_step if self._running else 0.0
+            silent = time.monotonic() - self._last_step if self._running or self._held else 0.0
             return self._finished.pop(owner), silent
 
     def pause(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Collection, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass
@@ -52,6 +53,7 @@ class Lines:
     def __init__(self, clients: dict[int, ServerClient], silence: float) -> None:
         self.clients, self.silence = clients, silence
         self.lost: dict[int, str] = {}
+        self._lock = threading.Lock()
 
     def call(self, engine: int, route: str, **values: Any) -> dict[str, Any] | None:
         """An engine's answer; None where it gave none, which then is in :attr:`lost`.
@@ -59,13 +61,25 @@ class Lines:
         Raises:
             RolloutError: for what it refuses, and would again.
         """
+        client = self.clients[engine]
         try:
-            return self.clients[engine].call(route, **values)
+            return client.call(route, **values)
         except ServerError as error:
             if error.status == 400:
                 raise RolloutError(str(error)) from error
-            self.lost[engine] = str(error)
+            with self._lock:
+                if self.clients.get(engine) is client:  # not the one that was started in its place meanwhile
+                    self.lost[engine] = str(error)
             return None
+
+    def renew(self, clients: dict[int, ServerClient]) -> None:
+        """Go on with these, of which none is lost, and give back those that are not among them."""
+        with self._lock:
+            before, self.clients = self.clients, clients
+            self.lost.clear()
+        for client in before.values():
+            if client not in clients.values():
+                client.close()
 
     def close(self) -> None:
         """Give them back."""
@@ -85,7 +99,7 @@ class Orders:
         self.owner, self.urgent = owner, urgent
         self.finished: list[int] = []
         self._entries: dict[int, Entry] = {}
-        self._polls: dict[int, Future[dict[str, Any] | None]] = {}
+        self._polls: dict[ServerClient, Future[dict[str, Any] | None]] = {}
         self._threads = ThreadPoolExecutor(thread_name_prefix=owner)
 
     def add(self, requests: Sequence[PromptRequest], sampling: SamplingParams, lines: Lines) -> None:
@@ -101,8 +115,8 @@ class Orders:
 
     def add_again(self, engines: Collection[int], lines: Lines) -> None:
         """Ask these engines once more for what they have not given."""
-        for engine in engines:
-            self._polls.pop(engine, None)
+        # One that was not started anew may answer what it was asked before with what it is asked for now.
+        self._polls = {client: poll for client, poll in self._polls.items() if client in lines.clients.values()}
         self._send({key for key, e in self._entries.items() if e.engine in engines and e.open}, lines)
 
     def gather(self, keys: Collection[int], count: int, lines: Lines) -> None:
@@ -149,13 +163,14 @@ class Orders:
     def _poll(self, engines: Collection[int], lines: Lines) -> None:
         """Take what the first of these engines that has news has finished."""
         seconds = min(POLL_SECONDS, lines.silence / 2)
-        for engine in engines - self._polls.keys():
-            ask = {"owner": self.owner, "seconds": seconds}
-            self._polls[engine] = self._threads.submit(lines.call, engine, "collect", **ask)
-        asked = {self._polls[engine]: engine for engine in engines}
+        for engine in engines:
+            if lines.clients[engine] not in self._polls:
+                ask = {"owner": self.owner, "seconds": seconds}
+                self._polls[lines.clients[engine]] = self._threads.submit(lines.call, engine, "collect", **ask)
+        asked = {self._polls[lines.clients[engine]]: engine for engine in engines}
         for answer in wait(asked, return_when=FIRST_COMPLETED).done:
             engine = asked[answer]
-            del self._polls[engine]
+            del self._polls[lines.clients[engine]]
             told = answer.result()
             if told is not None:
                 self._note(told["finished"])

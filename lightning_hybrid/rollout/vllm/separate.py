@@ -50,7 +50,7 @@ class SeparateVLLM(PipelinedBackend):
         self._policy: Any = None
         self._policy_version: object = None
         self._held: object = None  # the weights that the engines have
-        self._held_is_policy = False
+        self._goes_on = False  # what is in flight, with the policy's weights
 
     def prepare(self, model: Any, device: torch.device, dtype: torch.dtype) -> None:
         """Start the engines; all ranks call it.
@@ -121,8 +121,9 @@ class SeparateVLLM(PipelinedBackend):
         places = range(len(prompts)) if indices is None else indices
         requests = [PromptRequest(k, list(p), i, seed) for k, (p, i) in enumerate(zip(prompts, places, strict=True))]
         answered = self._answered(engine, requests, sampling)
-        if self._held_is_policy:
+        if self._held is not None and self._held == self._policy_version:
             self._crew.resume()
+            self._goes_on = True
         self._note_seconds(engine, len(requests) * n, given - begin, time.perf_counter() - given)
         return rollout_from(*answered, self.eos_ids, self.pad_id, self._device)
 
@@ -144,10 +145,9 @@ class SeparateVLLM(PipelinedBackend):
         version = version_of(engine, model)
         changed = version is None or version != self._held
         self._crew.forgive()
-        self._held = None
+        self._held, self._goes_on = None, False
         renewed = self._crew.give(engine, self._version, {}, needed=changed)
         self._held = version
-        self._held_is_policy = version is not None and version == self._policy_version
         self._ahead.add_again(renewed, self._crew.lines)
 
     def _note_seconds(self, engine: Any, responses: int, sync: float, generate: float) -> None:
@@ -185,7 +185,7 @@ class SeparateVLLM(PipelinedBackend):
         """See :class:`~lightning_hybrid.rollout.PipelinedBackend`; all ranks call it, equally often."""
         if self._policy is None:
             raise RolloutError("responses are waited for before the engines have weights: call update() before")
-        if not self._held_is_policy:
+        if not self._goes_on:
             self._give_policy({})
         self._until(self._ahead, keys, count, self._policy)
         wanted = set(keys)
@@ -200,11 +200,12 @@ class SeparateVLLM(PipelinedBackend):
 
     def _give_policy(self, lost: dict[int, str]) -> None:
         """Let the engines have the policy's weights, and go on with what is in flight."""
-        self._held, self._held_is_policy = None, False
+        self._held, self._goes_on = None, False
         renewed = self._crew.give(self._policy, self._version, lost)
-        self._held, self._held_is_policy = self._policy_version, True
+        self._held = self._policy_version
         self._ahead.add_again(renewed, self._crew.lines)
         self._crew.resume()
+        self._goes_on = True
 
     def _until(self, orders: Orders, keys: Collection[int], count: int, engine: Any) -> None:
         """Wait for responses, and where engines are lost meanwhile, let them be started anew."""

@@ -119,7 +119,7 @@ def host_of(url: str) -> str:
 
 def host_towards(urls: Sequence[str]) -> str:
     """This machine's address as these servers see it: loopback, unless one is on another machine."""
-    others = [host for host in map(host_of, urls) if not _is_loopback(host)]
+    others = [host for host in map(host_of, urls) if not is_loopback(host)]
     if not others:
         return LOOPBACK
     family, *_, address = socket.getaddrinfo(others[0], 9, type=socket.SOCK_DGRAM)[0]
@@ -128,7 +128,8 @@ def host_towards(urls: Sequence[str]) -> str:
         return str(probe.getsockname()[0])
 
 
-def _is_loopback(host: str) -> bool:
+def is_loopback(host: str) -> bool:
+    """Whether an address is reached from its own machine only."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
