@@ -116,6 +116,7 @@ def test_an_evaluation_with_other_weights_holds_back_what_is_in_flight_and_leave
     assert separate.take([0], 1).responses == [[7] * TOKENS]
 
 
+@pytest.mark.slow
 def test_an_engine_that_is_killed_is_started_anew_and_asked_for_what_it_had_not_given(separate: SeparateVLLM) -> None:
     actor = Actor(7)
     separate.update(actor)
