@@ -173,7 +173,7 @@ def test_sending_weights_takes_a_bucket_and_a_layer_on_either_side(large: Policy
     print(f"weights {weights / MIB:.0f} MiB, growth of the rank {rank / MIB:.1f}, of the engine {engine / MIB:.1f} MiB")
     assert weights > 150 * MIB
     assert rank < 2 * 4 * MIB  # what is not sharded is sent as it lies
-    assert engine < (4 + 2 * 13) * MIB  # a layer as it comes, and as vLLM packs it
+    assert engine < (4 + 3 * 13) * MIB  # a layer as it comes, as vLLM packs it, and what its allocator keeps of them
 
 
 def test_pushing_weights_inside_a_rank_takes_a_layer(large: Policy, alone_in_group: None) -> None:
