@@ -29,7 +29,8 @@ LONGEST = 2000  # characters of what is said of one worker's end
 def launch(run: RunT, job: Callable[[RunT], object]) -> None:
     """Call ``job(run)`` on every rank, in workers of Ray Train; a lost one has all of them started again.
 
-    They then go on from the newest checkpoint that they have written. An error of ours ends the run at once.
+    They then go on from the newest checkpoint that they have written. An error of ours ends the run at once; any other
+    counts as a loss.
 
     Args:
         run: with ``launcher.name = "ray"``.

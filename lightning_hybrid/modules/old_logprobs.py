@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_hybrid.algorithms import OnlineConfig
 from lightning_hybrid.config import RolloutConfig
-from lightning_hybrid.config.ppo import rollout_lacks_old_logprobs
+from lightning_hybrid.config.sampling import rollout_lacks_old_logprobs
 from lightning_hybrid.data.checking import notice
 from lightning_hybrid.errors import ConfigError
 from lightning_hybrid.modules.experience import Experience

@@ -13,7 +13,7 @@ from typing_extensions import override
 
 from lightning_hybrid.algorithms import OnlineConfig
 from lightning_hybrid.config import RolloutConfig
-from lightning_hybrid.config.ppo import problem_with_staleness
+from lightning_hybrid.config.sampling import problem_with_staleness
 from lightning_hybrid.data.checking import notice
 from lightning_hybrid.engines.agreement import of_all_ranks, on_every_rank
 from lightning_hybrid.errors import ConfigError, RolloutError

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
-from lightning_hybrid.config.ppo import rollout_lacks_old_logprobs
+from lightning_hybrid.config.sampling import rollout_lacks_old_logprobs
 from lightning_hybrid.plan.held import Held, Moment, moment
 from lightning_hybrid.plan.networks import Network
 from lightning_hybrid.plan.setup import FP32, Setup
