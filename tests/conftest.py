@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning_utilities.core.rank_zero import rank_zero_only
 
 ROOT = Path(__file__).resolve().parent.parent
 LAUNCH_VARIABLES = (
@@ -59,13 +60,14 @@ def descriptors_are_given_back() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def isolated_launch() -> Iterator[None]:
-    """No test sees the launch variables, the process group or the deterministic mode of another one."""
+    """No test sees the launch variables, the rank, the process group or the deterministic mode of another one."""
     before = {key: value for key, value in os.environ.items() if key not in LAUNCH_VARIABLES}
     os.environ.clear()
     os.environ.update(before)
     yield
     os.environ.clear()
     os.environ.update(before)
+    rank_zero_only.rank = 0  # a Trainer tells it
     torch.use_deterministic_algorithms(False)
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
