@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from http import HTTPStatus
+
 
 class LightningHybridError(Exception):
     """Base of every error raised on purpose by lightning-hybrid.
@@ -39,6 +41,11 @@ class ServerError(LightningHybridError, RuntimeError):
     def __init__(self, message: str, status: int | None = None) -> None:
         super().__init__(message)
         self.status = status
+
+    @property
+    def refused(self) -> bool:
+        """Whether it would be answered in the same way again, by any server of the same role."""
+        return self.status == HTTPStatus.BAD_REQUEST
 
 
 class StrategyError(LightningHybridError, RuntimeError):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TextIO
 
@@ -82,9 +82,21 @@ class _WithoutPrefix:
 @contextmanager
 def without_prefixes() -> Iterator[None]:
     """Show for a block what ranks print as if they printed it here."""
+    with _printing_through(_WithoutPrefix):
+        yield
+
+
+@contextmanager
+def progress_in_lines() -> Iterator[None]:
+    """Ray passes on whole lines: for a block, a bar that is drawn over itself becomes a line now and then."""
+    with _printing_through(Lines):
+        yield
+
+
+@contextmanager
+def _printing_through(kind: Callable[[TextIO], Any]) -> Iterator[None]:
     before = sys.stdout, sys.stderr
-    streams: Any = _WithoutPrefix(sys.stdout), _WithoutPrefix(sys.stderr)
-    sys.stdout, sys.stderr = streams
+    sys.stdout, sys.stderr = map(kind, before)
     try:
         yield
     finally:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_hybrid.config import Run
+from lightning_hybrid.serving.process import is_of_ranks
 from lightning_hybrid.settings import without_credentials
 
 # What belongs to a host, a login or a process, and not to the run.
@@ -20,11 +21,8 @@ OF_HOST = {
     *("TMPDIR", "TMP", "TEMP", "DISPLAY", "LD_LIBRARY_PATH", "LD_PRELOAD", "VIRTUAL_ENV", "PYTHONHOME", "PYTHONPATH"),
     *("CUDA_VISIBLE_DEVICES", "CUDA_HOME", "PYTHONBREAKPOINT", "COLUMNS", "LINES", "LS_COLORS"),
 }
-OF_HOST_PREFIXES = ("RAY_", "SLURM_", "SSH_", "XDG_", "DBUS_", "CONDA_", "BASH_", "PYTEST_", "TORCHELASTIC_")
+OF_HOST_PREFIXES = ("RAY_", "SLURM_", "SSH_", "XDG_", "DBUS_", "CONDA_", "BASH_", "PYTEST_")
 RESTARTS = "SLURM_RESTART_COUNT"  # of a command that SLURM has started again
-OF_RANKS = {
-    *("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"),
-}
 SECRET = ("TOKEN", "KEY", "SECRET", "PASS", "CREDENTIAL", "AUTH")
 
 
@@ -73,7 +71,7 @@ def _variables(*, secret: bool) -> dict[str, str]:
     return {
         name: value
         for name, value in os.environ.items()
-        if name not in OF_HOST | OF_RANKS
+        if name not in OF_HOST and not is_of_ranks(name)
         if name == RESTARTS or not name.startswith(OF_HOST_PREFIXES)
         if secret == _is_secret(name, value)
     }

@@ -5,16 +5,14 @@ from __future__ import annotations
 import logging
 import os
 import socket
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any
 
 from lightning_hybrid.assemble import use_environment
 from lightning_hybrid.clusters.beginning import begin
 from lightning_hybrid.clusters.environment import Place, RayEnvironment, place_in_ray
-from lightning_hybrid.clusters.lines import Lines
+from lightning_hybrid.clusters.lines import progress_in_lines
 from lightning_hybrid.clusters.meeting import meet
 from lightning_hybrid.clusters.order import Order
 from lightning_hybrid.clusters.servers import RayStarter
@@ -40,7 +38,7 @@ def work(order: Order) -> None:
         LightningHybridError: as the recipe does.
     """
     place = place_in_ray()
-    with _said_once(), _progress_in_lines():
+    with _said_once(), progress_in_lines():
         os.environ.update(order.variables)
         _enter(order.folder, place)
         run = order.run()
@@ -84,15 +82,3 @@ def _said_once() -> Iterator[None]:
         if os.environ.get("HYDRA_FULL_ERROR") != "1":
             logging.getLogger("ray.train").setLevel(logging.CRITICAL + 1)
         raise
-
-
-@contextmanager
-def _progress_in_lines() -> Iterator[None]:
-    """Ray passes on whole lines: a bar that is drawn over itself becomes a line now and then."""
-    before = sys.stdout, sys.stderr
-    streams: Any = Lines(sys.stdout), Lines(sys.stderr)
-    sys.stdout, sys.stderr = streams
-    try:
-        yield
-    finally:
-        sys.stdout, sys.stderr = before

@@ -7,7 +7,7 @@ from lightning_hybrid.generation.api import (
     sample_with,
     warn_without_container,
 )
-from lightning_hybrid.generation.carrier import Rollout, join, pad_left, used_columns
+from lightning_hybrid.generation.carrier import Rollout, in_place, join, lay_out, pad_left, used_columns
 from lightning_hybrid.generation.draw import Sampler
 from lightning_hybrid.generation.memory import capacity_of, slots_for
 from lightning_hybrid.generation.sampling import SamplingParams
@@ -24,7 +24,9 @@ __all__ = [
     "check_prompts",
     "end_ids",
     "generate",
+    "in_place",
     "join",
+    "lay_out",
     "pad_left",
     "sample_with",
     "slots_for",

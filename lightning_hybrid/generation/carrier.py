@@ -149,3 +149,36 @@ def pad_left(prompts: Sequence[Sequence[int]], pad: int, device: torch.device) -
     rows = [[pad] * (longest - len(prompt)) + list(prompt) for prompt in prompts]
     mask = [[False] * (longest - len(prompt)) + [True] * len(prompt) for prompt in prompts]
     return torch.tensor(rows, device=device), torch.tensor(mask, device=device)
+
+
+def lay_out(
+    prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], pad: int, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Pad prompts on the left and their responses on the right.
+
+    Args:
+        prompts: token ids, at least one each.
+        responses: the same, to each of them.
+        pad: id to pad with.
+        device: where the tensors go.
+
+    Returns:
+        ``[batch, time]`` long tokens, and the bool masks of prompts and of responses.
+    """
+    before, prompted = pad_left(prompts, pad, device)
+    backwards, responded = pad_left([response[::-1] for response in responses], pad, device)
+    of_prompts = torch.cat([prompted, torch.zeros_like(responded)], 1)
+    of_responses = torch.cat([torch.zeros_like(prompted), responded.flip(1)], 1)
+    return torch.cat([before, backwards.flip(1)], 1), of_prompts, of_responses
+
+
+def in_place(values: Sequence[Sequence[float]], mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """Numbers of each row where its mask is, ``[batch, time]`` of ``dtype``, and 0 elsewhere.
+
+    Args:
+        values: as many of a row as its mask has True.
+        mask: ``[batch, time]`` bool.
+        dtype: of the result.
+    """
+    flat = torch.tensor([value for row in values for value in row], dtype=dtype, device=mask.device)
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_scatter(mask, flat)

@@ -7,7 +7,6 @@ import tempfile
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +15,8 @@ from torch import Tensor
 
 from lightning_hybrid.config import RolloutConfig
 from lightning_hybrid.errors import ServerError
-from lightning_hybrid.rollout import Rollout, pad_left
+from lightning_hybrid.generation import in_place, lay_out
+from lightning_hybrid.rollout import Rollout
 from lightning_hybrid.serving import ServerClient, ServerSpec
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ class ServedReference:
 
         def wait() -> Tensor:
             answer = begun.pop().result() if begun else ask()
-            return _in_place(answer["logprobs"], rollout)
+            return in_place(answer["logprobs"], rollout.response_mask, torch.float32)
 
         return wait
 
@@ -118,33 +118,12 @@ def _in_background(ask: Callable[[], dict[str, Any]]) -> Future[dict[str, Any]]:
     return future
 
 
-def _in_place(values: list[list[float]], rollout: Rollout) -> Tensor:
-    """One number for each response token, ``[batch, time]`` float32, 0 elsewhere."""
-    flat = torch.tensor([x for row in values for x in row], dtype=torch.float32, device=rollout.tokens.device)
-    return torch.zeros_like(rollout.policy_logprobs).masked_scatter(rollout.response_mask, flat)
-
-
-def rows_of(
-    prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], pad: int, device: torch.device
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Prompts padded on the left and responses on the right: tokens, prompt mask, response mask, ``[batch, time]``."""
-    before, prompt_mask = pad_left(prompts, pad, device)
-    backwards, mask = pad_left([response[::-1] for response in responses], pad, device)
-    after, mask = backwards.flip(1), mask.flip(1)
-    of_prompt = torch.cat([prompt_mask, torch.zeros_like(mask)], 1)
-    of_response = torch.cat([torch.zeros_like(prompt_mask), mask], 1)
-    return torch.cat([before, after], 1), of_prompt, of_response
-
-
 def _rollout(prompts: Sequence[Sequence[int]], answer: dict[str, Any], device: torch.device) -> Rollout:
-    tokens, prompt_mask, response_mask = rows_of(prompts, answer["responses"], 0, device)
-    zeros = torch.zeros(tokens.shape, device=device)
-    empty = Rollout(tokens, prompt_mask, response_mask, zeros, zeros, tuple(answer["finish_reasons"]))
-    return replace(
-        empty,
-        policy_logprobs=_in_place(answer["policy_logprobs"], empty),
-        sampling_logprobs=_in_place(answer["sampling_logprobs"], empty),
+    tokens, prompted, responded = lay_out(prompts, answer["responses"], 0, device)
+    of_policy, of_sampling = (
+        in_place(answer[name], responded, torch.float32) for name in ("policy_logprobs", "sampling_logprobs")
     )
+    return Rollout(tokens, prompted, responded, of_policy, of_sampling, tuple(answer["finish_reasons"]))
 
 
 def _files_of(tokenizer: Any) -> dict[str, str]:

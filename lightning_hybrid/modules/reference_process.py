@@ -12,9 +12,9 @@ import torch
 
 from lightning_hybrid.config import RolloutConfig
 from lightning_hybrid.engines import cast_parameters
+from lightning_hybrid.generation import lay_out
 from lightning_hybrid.models import Policy, load_tokenizer
 from lightning_hybrid.modules.passes import token_logprobs
-from lightning_hybrid.modules.reference import rows_of
 from lightning_hybrid.modules.roles import make_policy
 from lightning_hybrid.rollout import RolloutBackend, make_backend
 from lightning_hybrid.serving import Route, main_of
@@ -53,7 +53,7 @@ def routes(settings: dict[str, Any]) -> dict[str, Route]:
 
 def _logprobs(policy: Policy, request: dict[str, Any]) -> list[list[float]]:
     device = next(policy.parameters()).device
-    tokens, prompted, responded = rows_of(request["prompts"], request["responses"], 0, device)
+    tokens, prompted, responded = lay_out(request["prompts"], request["responses"], 0, device)
     size, temperature = request["micro_batch_size"], request["temperature"]
     values = token_logprobs(policy, tokens, prompted | responded, responded, size, temperature)
     return [row[mask].tolist() for row, mask in zip(values, responded, strict=True)]

@@ -18,6 +18,7 @@ from lightning_hybrid.errors import ConfigError, LightningHybridError, RewardErr
 from lightning_hybrid.modules.reference import ServedReference
 from lightning_hybrid.rewards import ServedReward
 from lightning_hybrid.serving import RunningServer, ServerClient, ServerSpec, end_servers, start_servers
+from lightning_hybrid.serving.addresses import is_local
 from lightning_hybrid.strategy import HybridDeepSpeedStrategy
 
 if TYPE_CHECKING:
@@ -127,7 +128,7 @@ class SeparateRoles:
             part.connect(client)
 
     def _refuse_unreachable(self, nodes: int) -> None:
-        if nodes > 1 and any("//127." in client.url for client in self._clients):
+        if nodes > 1 and any(is_local(client.url) for client in self._clients):
             self.close()
             raise ConfigError(
                 "roles.reference.separate and roles.reward.separate start processes that only the first of "

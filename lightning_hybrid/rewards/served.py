@@ -16,7 +16,6 @@ from lightning_hybrid.rewards.templates import CHAT
 from lightning_hybrid.serving import ServerClient, ServerSpec
 
 PROCESS = "lightning_hybrid.rewards.reward_process"
-REFUSED = 400  # the status of a text that the model cannot score
 
 
 class ServedReward(Reward):
@@ -75,7 +74,7 @@ class ServedReward(Reward):
         try:
             answer = self._client.call("score", prompts=prompts, responses=responses, fields=sent)
         except ServerError as error:
-            if error.status == REFUSED:
+            if error.refused:
                 raise RewardError(str(error)) from error
             raise
         return torch.tensor(answer["scores"], dtype=torch.float32)

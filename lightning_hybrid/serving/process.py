@@ -18,17 +18,21 @@ from multiprocessing.connection import wait
 from typing import Any, Protocol
 
 from lightning_hybrid.errors import ConfigError
+from lightning_hybrid.serving.addresses import LOOPBACK
 
-LOOPBACK = "127.0.0.1"
 START_SECONDS = 1800.0  # to load the largest model from the slowest disk
 GRACE = 10.0  # seconds to end in order
 LINES_KEPT = 30  # of stderr, for messages
-# By which a process would take itself for one of the ranks.
 OF_RANKS = {
     *("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "ROLE_RANK", "CROSS_RANK"),
     *("WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE", "ROLE_WORLD_SIZE", "CROSS_SIZE"),
     *("MASTER_ADDR", "MASTER_PORT", "ROLE_NAME"),
 }
+
+
+def is_of_ranks(variable: str) -> bool:
+    """Whether a process that has this variable in its environment would take itself for one of the ranks."""
+    return variable in OF_RANKS or variable.startswith("TORCHELASTIC_")
 
 
 @dataclass(frozen=True)
@@ -255,7 +259,7 @@ def _show(line: str) -> None:
 
 
 def _environment(spec: ServerSpec) -> Mapping[str, str]:
-    kept = {k: v for k, v in os.environ.items() if k not in OF_RANKS and not k.startswith("TORCHELASTIC_")}
+    kept = {k: v for k, v in os.environ.items() if not is_of_ranks(k)}
     # A script's or a notebook's own folder, from which a module may come.
     path = os.pathsep.join(filter(None, sys.path))
     return kept | {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1"} | _devices(spec) | spec.environment

@@ -14,12 +14,14 @@ import time
 import traceback
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import IO, Any
 
 from typing_extensions import override
 
 from lightning_hybrid.errors import ConfigError, LightningHybridError, RewardError, RolloutError
+from lightning_hybrid.serving.addresses import LOOPBACK
 
 Route = Callable[[dict[str, Any]], dict[str, Any]]
 # The fault of who asks, such as a text that is too long; everything else is the server's.
@@ -43,7 +45,7 @@ class Server:
         url: ``http://host:port``.
     """
 
-    def __init__(self, routes: Mapping[str, Route], token: str, host: str = "127.0.0.1") -> None:
+    def __init__(self, routes: Mapping[str, Route], token: str, host: str = LOOPBACK) -> None:
         self._http = _HTTPServer((host, 0), _Handler)
         self._http.routes, self._http.token = routes, token
         self.url = f"http://{f'[{host}]' if ':' in host else host}:{self._http.server_address[1]}"
@@ -146,7 +148,7 @@ def _called(route: Route, request: dict[str, Any]) -> tuple[int, dict[str, Any]]
         answer = route(request)
         json.dumps(answer)
     except REFUSALS as error:
-        return 400, {"error": f"{type(error).__name__}: {error}"}
+        return HTTPStatus.BAD_REQUEST, {"error": f"{type(error).__name__}: {error}"}
     except Exception as error:
         traceback.print_exc()
         return 500, {"error": f"{type(error).__name__}: {error}"}

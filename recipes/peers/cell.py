@@ -11,6 +11,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from lightning_hybrid.serving.process import is_of_ranks
+
 _RECIPES = Path(__file__).resolve().parents[1]
 _PATIENCE = 1800.0  # seconds that a cell may take
 
@@ -77,8 +79,7 @@ def _ended(command: list[str], folder: str, stderr: Any, environment: dict[str, 
 def _environment(cell: Cell) -> dict[str, str]:
     """This process's, with the recipes to import from and as many threads as were asked for."""
     path = os.pathsep.join(filter(None, [str(_RECIPES), str(_RECIPES.parent), os.environ.get("PYTHONPATH")]))
-    launch = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
-    kept = {name: value for name, value in os.environ.items() if name not in launch}
+    kept = {name: value for name, value in os.environ.items() if not is_of_ranks(name)}
     return kept | {"PYTHONPATH": path, "OMP_NUM_THREADS": str(cell.threads)}
 
 

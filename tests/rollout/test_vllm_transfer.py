@@ -17,7 +17,6 @@ from lightning_hybrid.rollout.vllm.transfer import (
     GroupError,
     Meeting,
     WeightGroup,
-    host_towards,
     open_store,
     receive,
     send,
@@ -90,8 +89,3 @@ def test_the_store_listens_on_loopback_only() -> None:
     listening = [c.laddr for c in psutil.Process(os.getpid()).net_connections("inet") if c.status == "LISTEN"]
     assert [address.ip for address in listening if address.port == port] == [HOST]
     store.set("a", "b")
-
-
-def test_rank_0_is_reached_on_loopback_unless_an_engine_is_elsewhere() -> None:
-    assert host_towards(["http://127.0.0.1:1", "http://localhost:2", "http://[::1]:3"]) == HOST
-    assert host_towards(["http://127.0.0.1:1", "http://127.0.0.2:1"]) == HOST

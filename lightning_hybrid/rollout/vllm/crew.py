@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,9 +14,9 @@ from lightning_hybrid.engines.agreement import number_of_ranks, of_all_ranks, on
 from lightning_hybrid.errors import ConfigError, RolloutError
 from lightning_hybrid.rollout.vllm.fleet import Address, Fleet, engine_specs
 from lightning_hybrid.rollout.vllm.orders import Lines
-from lightning_hybrid.rollout.vllm.transfer import host_of, is_loopback
 from lightning_hybrid.rollout.vllm.weights import WeightStream, refuse_others
 from lightning_hybrid.serving import ServerClient
+from lightning_hybrid.serving.addresses import is_local
 
 Losses = dict[int, str]
 """why engines are lost, by their number; equal on all ranks where a method of the crew returns it"""
@@ -71,7 +71,7 @@ class Crew:
         self._fleet = on_every_rank(fleet, "vLLM", ConfigError)
         self._by_the_first(Fleet.start, "starting vLLM", ConfigError)
         self._connect()
-        if len(set(hosts)) > 1 and any(is_loopback(host_of(address.url)) for address in self._addresses):
+        if len(set(hosts)) > 1 and any(is_local(address.url) for address in self._addresses):
             raise ConfigError(
                 f"rollout.vllm.colocate=false starts engines that only the first of {len(set(hosts))} machines "
                 "reaches: use launcher=ray, or colocate=true"
@@ -132,10 +132,8 @@ class Crew:
     def _given(self, engine: Any, version: int) -> Losses:
         weights = WeightStream(getattr(engine, "causal_lm", engine))
         refuse_others(weights.shapes, self._shapes)
-        if self._fleet is None:  # the first rank waits for this one's shards
-            on_every_rank(weights.drain, "vLLM, giving weights,", RolloutError)
-            return of_all_ranks({})[0]
-        return self._by_the_first(lambda fleet: fleet.give(weights, version), "giving weights")
+        # The first rank waits for the others' shards.
+        return self._by_the_first(lambda fleet: fleet.give(weights, version), "giving weights", others=weights.drain)
 
     def _restart(self, lost: Losses) -> None:
         ends = self._by_the_first(lambda fleet: fleet.end(lost), "ending vLLM")
@@ -166,12 +164,16 @@ class Crew:
         self.lines.renew(clients)
 
     def _by_the_first(
-        self, step: Callable[[Fleet], Mapping[int, str] | None], what: str, error: type[Any] = RolloutError
+        self,
+        step: Callable[[Fleet], Losses | None],
+        what: str,
+        error: type[Any] = RolloutError,
+        others: Callable[[], None] = lambda: None,
     ) -> Losses:
-        """What rank 0's step gives, on all ranks."""
+        """What rank 0's step gives, on all ranks; meanwhile the others do theirs."""
         fleet = self._fleet
-        given = on_every_rank(lambda: {} if fleet is None else dict(step(fleet) or {}), f"vLLM, {what},", error)
-        return of_all_ranks(given)[0]
+        given = on_every_rank(lambda: others() if fleet is None else step(fleet), f"vLLM, {what},", error)
+        return of_all_ranks(given)[0] or {}
 
 
 def engines_of(rank: int, ranks: int, engines: int) -> list[int]:

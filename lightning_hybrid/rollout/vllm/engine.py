@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any, Literal, cast
 
 from lightning_hybrid.errors import RolloutError
-from lightning_hybrid.rollout.vllm.weights import WeightStream, refuse_others
+from lightning_hybrid.rollout.vllm.weights import WeightStream, refuse_missing, refuse_others
 
 State = Literal["asleep", "holds weights", "awake"]
 Agreed = Callable[[Callable[[], Any], str], Any]
@@ -113,11 +113,7 @@ class SleepingEngine:
                 missing = self.llm.collective_rpc(take_weights, kwargs={"weights": iter(weights)})[0]
             finally:
                 weights.drain()
-            if missing:
-                raise RolloutError(
-                    f"vLLM left {len(missing)} of its weights as they were, such as {sorted(missing)[0]!r}: it knows "
-                    "the model by other names; use rollout.backend=native or hf"
-                )
+            refuse_missing(missing)
             self.llm.reset_prefix_cache()
         self.pushes += 1
 

@@ -12,22 +12,13 @@ import torch
 
 from lightning_hybrid.config import VLLMConfig
 from lightning_hybrid.errors import ConfigError, RolloutError, ServerError
-from lightning_hybrid.rollout.vllm.transfer import (
-    MIB,
-    GroupError,
-    Meeting,
-    WeightGroup,
-    host_of,
-    host_towards,
-    open_store,
-    send,
-)
+from lightning_hybrid.rollout.vllm.transfer import MIB, GroupError, Meeting, WeightGroup, open_store, send
 from lightning_hybrid.rollout.vllm.weights import WeightStream
 from lightning_hybrid.serving import RunningServer, ServerClient, ServerSpec, start_servers
+from lightning_hybrid.serving.addresses import host_of, host_towards
 from lightning_hybrid.serving.process import close_all, devices_are_given
 
 MODULE = "lightning_hybrid.rollout.vllm.engine_server"
-REFUSED = 400  # status of what the engine says no to, and would say no to again
 ALIVE_SECONDS = 10.0  # to say that it is there
 
 
@@ -179,7 +170,7 @@ class Fleet:
         for error in errors.values():
             if not isinstance(error, ServerError):
                 raise error
-            if error.status == REFUSED:
+            if error.refused:
                 raise RolloutError(str(error)) from error
         gone = {engine: str(error) for engine, error in errors.items() if not self._is_there(engine)}
         return gone or {engine: str(error) for engine, error in errors.items()}

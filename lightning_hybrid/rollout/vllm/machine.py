@@ -14,9 +14,10 @@ import torch
 
 from lightning_hybrid.config import VLLMConfig
 from lightning_hybrid.errors import RolloutError
-from lightning_hybrid.rollout.vllm.requests import Draw, how_to_draw
+from lightning_hybrid.rollout.vllm.requests import Draw, how_to_draw, logprobs_of
 from lightning_hybrid.rollout.vllm.startup import common_arguments, import_vllm, not_started
 from lightning_hybrid.rollout.vllm.transfer import Announced, Meeting
+from lightning_hybrid.rollout.vllm.weights import refuse_missing
 from lightning_hybrid.rollout.vllm.workers import join_group, receive_weights
 
 
@@ -90,12 +91,7 @@ class Machine:
         """
         # In one call: vLLM takes what a call does not name for what it is to keep as it was at the beginning.
         missing = self._llm.collective_rpc(receive_weights, args=(announced, bucket_bytes))
-        names = sorted(set().union(*missing))
-        if names:
-            raise RolloutError(
-                f"vLLM left {len(names)} of its weights as they were, such as {names[0]!r}: it knows the model by "
-                "other names; use rollout.backend=native or hf"
-            )
+        refuse_missing(set().union(*missing))
         if not self._llm.reset_prefix_cache():
             raise RolloutError("vLLM kept what it had cached with the weights of before: requests are under way")
 
@@ -125,6 +121,4 @@ def start_machine(config: VLLMConfig, model: str, device: torch.device, dtype: s
 
 
 def _drawn(name: str, answer: Any) -> Drawn:
-    tokens = list(answer.token_ids)
-    logprobs = [chosen[token].logprob for token, chosen in zip(tokens, answer.logprobs or (), strict=True)]
-    return Drawn(name, tokens, logprobs, answer.finish_reason)
+    return Drawn(name, list(answer.token_ids), logprobs_of(answer), answer.finish_reason)

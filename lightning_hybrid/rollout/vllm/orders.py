@@ -65,7 +65,7 @@ class Lines:
         try:
             return client.call(route, **values)
         except ServerError as error:
-            if error.status == 400:
+            if error.refused:
                 raise RolloutError(str(error)) from error
             with self._lock:
                 if self.clients.get(engine) is client:  # not the one that was started in its place meanwhile

@@ -8,10 +8,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from lightning_hybrid.errors import RolloutError
-from lightning_hybrid.generation import Rollout, SamplingParams, pad_left
+from lightning_hybrid.generation import Rollout, SamplingParams, in_place, lay_out
 
 
 @dataclass(frozen=True)
@@ -99,12 +98,13 @@ def rollout_of(
 ) -> Rollout:
     """One row for each of vLLM's finished outputs, which have one answer each; see :func:`rollout_from`."""
     answers = [output.outputs[0] for output in outputs]
-    responses = [Response(list(answer.token_ids), _logprobs(answer), [], answer.finish_reason) for answer in answers]
+    responses = [Response(list(answer.token_ids), logprobs_of(answer), [], answer.finish_reason) for answer in answers]
     return rollout_from(prompts, responses, eos_ids, pad, device)
 
 
-def _logprobs(answer: Any) -> list[float]:
-    return [chosen[token].logprob for token, chosen in zip(answer.token_ids, answer.logprobs, strict=True)]
+def logprobs_of(answer: Any) -> list[float]:
+    """Of the tokens of an answer of vLLM, nats."""
+    return [chosen[token].logprob for token, chosen in zip(answer.token_ids, answer.logprobs or (), strict=True)]
 
 
 def rollout_from(
@@ -133,24 +133,15 @@ def rollout_from(
     for row, answer in enumerate(responses):
         if not answer.tokens or answer.ended not in ("stop", "length"):
             raise RolloutError(f"vLLM ended response {row} after {len(answer.tokens)} tokens by {answer.ended!r}")
-    tokens, mask = pad_left(prompts, pad, device)
-    response = _padded([answer.tokens for answer in responses], pad, device)
-    lengths = torch.tensor([len(answer.tokens) for answer in responses], device=device)
-    responded = torch.arange(response.shape[1], device=device) < lengths[:, None]
-    before = torch.zeros_like(mask)
-    logprobs = torch.cat([before.float(), _padded([answer.logprobs for answer in responses], 0.0, device)], 1)
-    drawn_by = _padded([answer.versions for answer in responses], 0, device) if versions else None
+    tokens, prompted, responded = lay_out(prompts, [answer.tokens for answer in responses], pad, device)
+    logprobs = in_place([answer.logprobs for answer in responses], responded, torch.float32)
+    drawn_by = in_place([answer.versions for answer in responses], responded, torch.long) if versions else None
     return Rollout(
-        tokens=torch.cat([tokens, response], 1),
-        prompt_mask=torch.cat([mask, torch.zeros_like(responded)], 1),
-        response_mask=torch.cat([before, responded], 1),
+        tokens=tokens,
+        prompt_mask=prompted,
+        response_mask=responded,
         policy_logprobs=logprobs,
         sampling_logprobs=logprobs,
         finish_reasons=tuple("eos" if answer.tokens[-1] in eos_ids else "length" for answer in responses),
-        versions=None if drawn_by is None else torch.cat([before.long(), drawn_by], 1),
+        versions=drawn_by,
     )
-
-
-def _padded(rows: list[list[Any]], fill: float, device: torch.device) -> Tensor:
-    width = max(map(len, rows))
-    return torch.tensor([row + [fill] * (width - len(row)) for row in rows], device=device)

@@ -110,11 +110,9 @@ class SeparateVLLM(PipelinedBackend):
             RolloutError: on every rank, for a prompt that is empty or too long, or where an engine was lost twice.
         """
         model = getattr(engine, "causal_lm", engine)
-        if self.crew is None:
-            first = next(model.parameters())
-            self.prepare(model, first.device, first.dtype)
+        self._prepare_once(model)
         sampling = sampling_params(self.config, self.eos_ids, greedy, n)
-        on_every_rank(lambda: self._check(prompts, n), "the rollout", RolloutError)
+        on_every_rank(lambda: self._check(prompts, sampling), "the rollout", RolloutError)
         begin = time.perf_counter()
         self._hold_with(engine, model)
         given = time.perf_counter()
@@ -162,8 +160,9 @@ class SeparateVLLM(PipelinedBackend):
         if not requests:
             return
         try:
-            self._check([request.prompt for request in requests], n)
-            self._ahead.add(requests, sampling_params(self.config, self.eos_ids, False, n), self._crew.lines)
+            sampling = sampling_params(self.config, self.eos_ids, False, n)
+            self._check([request.prompt for request in requests], sampling)
+            self._ahead.add(requests, sampling, self._crew.lines)
         except RolloutError as error:
             self._refusal = error
 
@@ -171,9 +170,7 @@ class SeparateVLLM(PipelinedBackend):
         """See :class:`~lightning_hybrid.rollout.PipelinedBackend`."""
         begin = time.perf_counter()
         model = getattr(engine, "causal_lm", engine)
-        if self.crew is None:
-            first = next(model.parameters())
-            self.prepare(model, first.device, first.dtype)
+        self._prepare_once(model)
         self._version += 1
         self._policy, self._policy_version = engine, version_of(engine, model)
         self._crew.forgive()
@@ -223,8 +220,12 @@ class SeparateVLLM(PipelinedBackend):
             raise refusal
         orders.gather(keys, count, self._crew.lines)
 
-    def _check(self, prompts: Sequence[Sequence[int]], n: int) -> None:
-        sampling = sampling_params(self.config, self.eos_ids, False, n)
+    def _prepare_once(self, model: Any) -> None:
+        if self.crew is None:
+            first = next(model.parameters())
+            self.prepare(model, first.device, first.dtype)
+
+    def _check(self, prompts: Sequence[Sequence[int]], sampling: SamplingParams) -> None:
         check_prompts(prompts, sampling, self._crew.longest, "vLLM's", "tokens", self._vocabulary)
 
     @property

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import ipaddress
 import socket
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from math import prod
 from typing import Any
-from urllib.parse import urlsplit
 
 import torch
 import torch.distributed as dist
@@ -17,7 +15,6 @@ from torch import Tensor
 from torch._C._distributed_c10d import TCPStore
 
 MIB = 1 << 20
-LOOPBACK = "127.0.0.1"
 
 
 @dataclass(frozen=True)
@@ -110,30 +107,6 @@ def open_store(host: str, seconds: float) -> tuple[Any, int]:
         master_listen_fd=listener.detach(),
     )
     return store, port
-
-
-def host_of(url: str) -> str:
-    """The address in a server's URL."""
-    return urlsplit(url).hostname or LOOPBACK
-
-
-def host_towards(urls: Sequence[str]) -> str:
-    """This machine's address as these servers see it: loopback, unless one is on another machine."""
-    others = [host for host in map(host_of, urls) if not is_loopback(host)]
-    if not others:
-        return LOOPBACK
-    family, *_, address = socket.getaddrinfo(others[0], 9, type=socket.SOCK_DGRAM)[0]
-    with socket.socket(family, socket.SOCK_DGRAM) as probe:
-        probe.connect(address)  # sends nothing
-        return str(probe.getsockname()[0])
-
-
-def is_loopback(host: str) -> bool:
-    """Whether an address is reached from its own machine only."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def send(weights: Iterable[tuple[str, Tensor]], bucket: Tensor, broadcast: Callable[[Tensor], None]) -> None:

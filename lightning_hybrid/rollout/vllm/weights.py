@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import groupby
 from typing import Any
@@ -100,6 +100,22 @@ def refuse_others(given: dict[str, tuple[int, ...]], started_for: dict[str, tupl
         f"vLLM was started for a model of another architecture: {differing[0]!r} and {len(differing) - 1} others "
         "differ; a reference of another one than the policy's (model.reference) needs rollout.backend=native or hf"
     )
+
+
+def refuse_missing(names: Collection[str]) -> None:
+    """Refuse that vLLM took weights, and passed over some of its own.
+
+    Args:
+        names: of those.
+
+    Raises:
+        RolloutError: if there are any.
+    """
+    if names:
+        raise RolloutError(
+            f"vLLM left {len(names)} of its weights as they were, such as {min(names)!r}: it knows the model by other "
+            "names; use rollout.backend=native or hf"
+        )
 
 
 def _layer_of(entry: Entry) -> str:
