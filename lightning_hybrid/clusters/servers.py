@@ -194,9 +194,11 @@ def _end(actor: Any) -> None:
     """End the actor and its process; the process also ends where only the actor is killed, a moment later."""
     import ray
 
-    with suppress(ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError):
-        ray.get(actor.close.remote(), timeout=CLOSE_SECONDS)
-    ray.kill(actor)
+    try:
+        with suppress(ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError):
+            ray.get(actor.close.remote(), timeout=CLOSE_SECONDS)
+    finally:
+        ray.kill(actor)
 
 
 def _after(count: int, act: Callable[[], None]) -> Callable[[], None]:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import base64
 import tempfile
-import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +16,7 @@ from lightning_hybrid.errors import ServerError
 from lightning_hybrid.generation import in_place, lay_out
 from lightning_hybrid.rollout import Rollout
 from lightning_hybrid.serving import ServerClient, ServerSpec
+from lightning_hybrid.serving.background import in_background
 
 if TYPE_CHECKING:
     from lightning_hybrid.modules.ppo import PPOModule
@@ -77,7 +76,7 @@ class ServedReference:
         def ask() -> dict[str, Any]:
             return self._call("logprobs", **request, **numbers)
 
-        begun = [_in_background(ask)]
+        begun = [in_background(ask)]
 
         def wait() -> Tensor:
             answer = begun.pop().result() if begun else ask()
@@ -102,20 +101,6 @@ def _without_engines(config: RolloutConfig) -> RolloutConfig:
     """How to generate with a model that is at hand: with containers in place of vLLM, whose answers are the same."""
     values = config.model_dump(exclude={"vllm", "max_staleness"})
     return RolloutConfig(**values | {"backend": "native" if config.backend == "vllm" else config.backend})
-
-
-def _in_background(ask: Callable[[], dict[str, Any]]) -> Future[dict[str, Any]]:
-    """Not with an executor, whose threads would hold up the end of a process that waits for nothing any more."""
-    future: Future[dict[str, Any]] = Future()
-
-    def run() -> None:
-        try:
-            future.set_result(ask())
-        except BaseException as error:
-            future.set_exception(error)
-
-    threading.Thread(target=run, daemon=True).start()
-    return future
 
 
 def _rollout(prompts: Sequence[Sequence[int]], answer: dict[str, Any], device: torch.device) -> Rollout:

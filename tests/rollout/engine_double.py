@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -19,6 +20,7 @@ from lightning_hybrid.rollout.vllm.workers import join_group, leave_group
 from lightning_hybrid.serving import Route
 
 NAMING = "model.norm.weight"  # whose first number, rounded, is the token that is drawn
+LAST_ONE = "LAST_ENGINE_DIES_WHEN_IT_JOINS"
 STEP_SECONDS = 0.05
 DEADLY, STALLING = 13, 14  # tokens of a prompt that the engine does not survive, or never finishes a step with
 
@@ -49,6 +51,8 @@ class DoubledMachine:
         self._running.clear()
 
     def join(self, meeting: Meeting, first: int, host: str) -> None:
+        if first == meeting.size - 1 and LAST_ONE in os.environ:
+            os._exit(3)
         join_group(self._worker, asdict(meeting), first, host)
 
     def take(self, announced: Announced, bucket_bytes: int) -> None:

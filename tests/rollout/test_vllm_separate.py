@@ -205,6 +205,18 @@ def test_engines_that_other_machines_do_not_reach_are_refused(monkeypatch: pytes
     assert separate.crew is None
 
 
+def test_an_engine_that_dies_as_all_meet_is_named_at_once(
+    separate: SeparateVLLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(engine_double.LAST_ONE, "")
+    separate.config = backend(engines=2, timeout_seconds=300.0).config
+    begin = time.monotonic()
+    with pytest.raises(ConfigError, match="vLLM engine 1 at .* was lost at /join"):
+        separate.prepare(Actor(7).causal_lm, torch.device("cpu"), torch.float32)
+    assert time.monotonic() - begin < 100
+    assert not engine_processes()
+
+
 def test_engines_are_shared_by_neighbours_or_belong_to_one_rank() -> None:
     assert [engines_of(rank, 4, 2) for rank in range(4)] == [[0], [0], [1], [1]]
     assert [engines_of(rank, 2, 4) for rank in range(2)] == [[0, 2], [1, 3]]

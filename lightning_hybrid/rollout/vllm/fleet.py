@@ -16,6 +16,7 @@ from lightning_hybrid.rollout.vllm.transfer import MIB, GroupError, Meeting, Wei
 from lightning_hybrid.rollout.vllm.weights import WeightStream
 from lightning_hybrid.serving import RunningServer, ServerClient, ServerSpec, start_servers
 from lightning_hybrid.serving.addresses import host_of, host_towards
+from lightning_hybrid.serving.background import in_background
 from lightning_hybrid.serving.process import close_all, devices_are_given
 
 MODULE = "lightning_hybrid.rollout.vllm.engine_server"
@@ -141,9 +142,7 @@ class Fleet:
             return {"meeting": asdict(meeting), "first": 1 + engine * size, "host": host_of(self.addresses[engine].url)}
 
         answers = self._ask_all("join", member)
-        self._group = WeightGroup(meeting, 0, self._device, host, store)
-        for answer in answers:
-            answer.result()
+        self._group = _met(in_background(lambda: WeightGroup(meeting, 0, self._device, host, store)), answers, meeting)
         self.longest = min(answer.result()["longest"] for answer in self._ask_all("about"))
 
     def _part(self) -> None:
@@ -186,6 +185,25 @@ class Fleet:
         finally:
             client.close()
         return True
+
+
+def _met(group: Future[WeightGroup], answers: Sequence[Future[Any]], meeting: Meeting) -> WeightGroup:
+    """The group when all have joined it.
+
+    Raises:
+        ServerError: of an engine that could not, for which the others would wait in vain.
+        RolloutError: where one hangs, also inside NCCL, which knows no time limit then.
+    """
+    members = [*answers, group]
+    done = wait(members, meeting.seconds + ALIVE_SECONDS, FIRST_EXCEPTION).done
+    if group in done and group.exception() is not None:
+        wait(answers, ALIVE_SECONDS, FIRST_EXCEPTION)  # an engine knows better why it is not there
+    for member in members:
+        if member.done():
+            member.result()
+    if not all(member.done() for member in members):
+        raise RolloutError(f"the vLLM engines did not meet rank 0 within {meeting.seconds:g} seconds to take weights")
+    return group.result()
 
 
 def engine_specs(

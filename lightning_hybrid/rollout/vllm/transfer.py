@@ -41,7 +41,8 @@ class GroupError(RuntimeError):
 class WeightGroup:
     """Rank 0 of those that train, and every worker of every engine: gloo on a CPU, NCCL on CUDA.
 
-    It stands beside the process groups of training and of vLLM, and neither knows of it.
+    It stands beside the process groups of training and of vLLM, and neither knows of it. Its construction ends when
+    all members have met.
 
     Args:
         meeting: of its members.
@@ -58,6 +59,7 @@ class WeightGroup:
         self.device, self._store = device, store
         make = _nccl if device.type == "cuda" else _gloo
         self._group = make(store, rank, meeting.size, timeout, host)
+        self.broadcast(torch.zeros(1, device=device))  # NCCL's members meet in their first collective only
 
     def broadcast(self, tensor: Tensor) -> None:
         """Rank 0's bytes into everybody's ``tensor``.
