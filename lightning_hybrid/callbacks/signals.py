@@ -12,9 +12,22 @@ from typing import Any
 
 Handler = Callable[[int, FrameType | None], Any] | int | None
 
+Source = Callable[[], set[signal.Signals]]
+_source: Source | None = None
+
 # Launchers such as torchrun pass a signal on to processes that had it from the terminal: both are one.
 SAME_SECONDS = 1.0
 STOPPING = (signal.SIGTERM, signal.SIGINT)
+
+
+def hear_from(source: Source | None) -> None:
+    """Have every watch of this process also hear of signals that arrived elsewhere; None: only its own.
+
+    Args:
+        source: which those are; it is asked again and again, at no cost.
+    """
+    global _source
+    _source = source
 
 
 class SignalWatch:
@@ -39,20 +52,25 @@ class SignalWatch:
         interrupt: Callable[[], BaseException],
     ) -> None:
         self.signals = tuple(signals)
-        self.received: set[signal.Signals] = set()
+        self._noted: set[signal.Signals] = set()
         self._describe, self._at_once, self._interrupt = describe, at_once, interrupt
         self._before: dict[signal.Signals, Handler] = {}
         self._installed = False
         self._stopping_since = 0.0
+
+    @property
+    def received(self) -> set[signal.Signals]:
+        """What has arrived."""
+        return self._noted if _source is None else self._noted | (_source() & {*self.signals})
 
     def remember(self) -> None:
         """What is there now is to be put back."""
         self._before = {number: signal.getsignal(number) for number in self.signals}
 
     def install(self) -> bool:
-        """Begin to watch; False where Python does not let this thread do so."""
+        """Begin to watch; False where Python does not let this thread do so, and nobody else tells of signals."""
         if threading.current_thread() is not threading.main_thread():
-            return False
+            return _source is not None
         for number in self.signals:
             signal.signal(number, self._note)
         self._installed = True
@@ -75,7 +93,7 @@ class SignalWatch:
             return
         if caught in STOPPING:
             self._stopping_since = now
-        self.received.add(caught)
+        self._noted.add(caught)
         say(f"{caught.name}: {self._describe()}{'; once more to stop at once' if caught in STOPPING else ''}")
 
     def _stop(self, caught: signal.Signals) -> None:

@@ -18,6 +18,7 @@ from lightning_hybrid.clusters.demand import ranks_share, shares_of
 from lightning_hybrid.clusters.lines import without_prefixes
 from lightning_hybrid.clusters.meeting import config_of_meeting
 from lightning_hybrid.clusters.order import Order, shown_variables
+from lightning_hybrid.clusters.stopping import Stop
 from lightning_hybrid.clusters.worker import task_of
 from lightning_hybrid.config import Run
 from lightning_hybrid.errors import ConfigError, LightningHybridError, RankLostError
@@ -40,24 +41,30 @@ def launch(run: RunT, job: Callable[[RunT], object]) -> None:
         ConfigError: if Ray is not installed, or the cluster is not there or too small.
         LightningHybridError: what a rank raised.
         RankLostError: after more losses than ``launcher.max_failures``.
-        SystemExit: after an interrupt, which ends the ranks at once.
+        SystemExit: after SIGTERM, SIGUSR1 or Ctrl-C, when the ranks have ended in order as they do without Ray, or at
+            once where they had not begun or it was the second.
     """
     run_id = uuid4().hex[:12]
     with without_prefixes(), _variables(_FOR_RAY | _timeouts(run)), connected(run.launcher) as ray:
         run = _on_known_hardware(run, ray)
         refuse_what_does_not_fit(ray, shares_of(run))
         _say_what_a_loss_costs(run)
+        stop = Stop(Mark.of(run, run_id))
         try:
-            _start_until_done(run, Order.of(job, run, run_id))
+            with stop.watching():
+                _start_until_done(run, Order.of(job, run, run_id), stop)
         except KeyboardInterrupt:
-            say("interrupted; to go on from the newest checkpoint, give the same command again with ckpt_path=last")
+            say("ended at once; ckpt_path=last goes on from the newest checkpoint, if there is one")
             raise SystemExit(INTERRUPTED) from None
         finally:
-            _remove_traces(run, run_id)
+            _remove_traces(run, run_id, stop)
+    if stop.exit_code is not None:
+        raise SystemExit(stop.exit_code)
 
 
-def _remove_traces(run: Run, run_id: str) -> None:
+def _remove_traces(run: Run, run_id: str, stop: Stop) -> None:
     with suppress(OSError):  # this host need not see the folder
+        stop.forget()
         Mark.of(run, run_id).path.unlink(missing_ok=True)
     shutil.rmtree(Path(run.output_dir) / _folder_of_ray(run_id), ignore_errors=True)
 
@@ -66,10 +73,12 @@ def _folder_of_ray(run_id: str) -> str:
     return f".ray-{run_id}"
 
 
-def _start_until_done(run: Run, order: Order) -> None:
+def _start_until_done(run: Run, order: Order, stop: Stop) -> None:
     lost = 0
-    while (end := _end_of(run, order)) is not None:
+    while (end := _end_of(run, order, stop)) is not None:
         lost += 1
+        if stop.exit_code is not None:
+            raise RankLostError(f"workers were lost while they were to stop: {end}; ckpt_path=last goes on")
         if lost > run.launcher.max_failures:
             raise RankLostError(
                 f"workers were lost {lost} times, more often than launcher.max_failures={run.launcher.max_failures}: "
@@ -78,7 +87,7 @@ def _start_until_done(run: Run, order: Order) -> None:
         say(f"{end}; starting the workers again (loss {lost} of at most {run.launcher.max_failures})")
 
 
-def _end_of(run: Run, order: Order) -> str | None:
+def _end_of(run: Run, order: Order, stop: Stop) -> str | None:
     """Have Ray Train start the workers; None where all came to their end, otherwise how some were lost.
 
     Raises:
@@ -87,7 +96,7 @@ def _end_of(run: Run, order: Order) -> str | None:
     from ray.train import TrainingFailedError
 
     try:
-        _beside(_trainer_of(run, order).fit)
+        _beside(_trainer_of(run, order).fit, stop)
     except TrainingFailedError as error:
         failures: Mapping[int, Exception] | None = getattr(error, "worker_failures", None)
         if failures is None:
@@ -97,8 +106,8 @@ def _end_of(run: Run, order: Order) -> str | None:
     return None
 
 
-def _beside(call: Callable[[], object]) -> None:
-    """Call and wait. In the main thread Ray would answer an interrupt itself, and end this process as a success."""
+def _beside(call: Callable[[], object], stop: Stop) -> None:
+    """Call and wait, and pass signals on. In the main thread Ray would answer them, and end this process at once."""
     raised: list[BaseException] = []
 
     def act() -> None:
@@ -110,7 +119,8 @@ def _beside(call: Callable[[], object]) -> None:
     thread = threading.Thread(target=act, daemon=True, name="Ray Train")
     thread.start()
     while thread.is_alive():
-        thread.join(1.0)
+        thread.join(0.5)
+        stop.pass_on()
     if raised:
         raise raised[0]
 

@@ -6,16 +6,19 @@ import logging
 import os
 import socket
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 
 from lightning_hybrid.assemble import use_environment
-from lightning_hybrid.clusters.beginning import begin
+from lightning_hybrid.callbacks.interruption import Interrupted
+from lightning_hybrid.callbacks.signals import hear_from
+from lightning_hybrid.clusters.beginning import Mark, begin
 from lightning_hybrid.clusters.environment import Place, RayEnvironment, place_in_ray
 from lightning_hybrid.clusters.lines import progress_in_lines
 from lightning_hybrid.clusters.meeting import meet
 from lightning_hybrid.clusters.order import Order
 from lightning_hybrid.clusters.servers import RayStarter
+from lightning_hybrid.clusters.stopping import Stop
 from lightning_hybrid.config import Run
 from lightning_hybrid.engines.agreement import of_all_ranks
 from lightning_hybrid.errors import ConfigError, LightningHybridError
@@ -47,9 +50,12 @@ def work(order: Order) -> None:
         run = begin(_as_placed(run, place), order.run_id)
         use_environment(RayEnvironment(place))
         use_starter(RayStarter(run.launcher, on_gpus=on_gpus))
+        hear_from(Stop(Mark.of(run, order.run_id)).asked if place.rank == 0 else set)
         try:
-            order.job(run)
+            with suppress(Interrupted):  # the command was asked to end, and knows by what
+                order.job(run)
         finally:
+            hear_from(None)
             use_starter(None)
             use_environment(None)
 

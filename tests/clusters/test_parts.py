@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import io
 import os
+import signal
 import sys
+import time
 from pathlib import Path
 
 import lightning as L
 import pytest
 import torch
 
+from lightning_hybrid.callbacks.signals import SAME_SECONDS, SignalWatch, hear_from
 from lightning_hybrid.checkpoint import manifest
 from lightning_hybrid.clusters.beginning import Mark, begin
 from lightning_hybrid.clusters.connection import Share, refuse_what_does_not_fit
@@ -19,6 +22,7 @@ from lightning_hybrid.clusters.environment import Place, RayEnvironment
 from lightning_hybrid.clusters.lines import Lines, without_prefixes
 from lightning_hybrid.clusters.order import Order, code_folders, secret_variables, shown_variables
 from lightning_hybrid.clusters.servers import gpus_of_server
+from lightning_hybrid.clusters.stopping import Stop
 from lightning_hybrid.config import GRPOConfig, LauncherConfig, PPORun, SFTRun
 from lightning_hybrid.config.run import compose_run
 from lightning_hybrid.errors import ConfigError
@@ -199,6 +203,55 @@ def test_a_mark_is_set_once(tmp_path: Path) -> None:
     assert mark.set()
     assert not mark.set()
     assert mark.is_seen(0.0)
+
+
+# ---- stopping --------------------------------------------------------------------------------------------------------
+
+
+def test_a_signal_to_the_command_reaches_rank_0(tmp_path: Path) -> None:
+    mark = Mark(tmp_path / ".ray-abc.json")
+    mark.set()
+    command, rank_0 = Stop(mark), Stop(mark)
+    with command.watching():
+        command.pass_on()
+        assert rank_0.asked() == set()
+        assert command.exit_code is None
+        for number, code in ((signal.SIGTERM, 0), (signal.SIGINT, 0)):  # the second within a second is the same
+            os.kill(os.getpid(), number)
+            command.pass_on()
+            assert rank_0.asked() == {signal.SIGTERM}
+            assert command.exit_code == code
+    command.forget()
+    assert rank_0.asked() == set()
+    assert [path.name for path in tmp_path.iterdir()] == [".ray-abc.json"]
+
+
+def test_ctrl_c_ends_a_run_that_has_not_begun_at_once(tmp_path: Path) -> None:
+    stop = Stop(Mark(tmp_path / ".ray-abc.json"))
+    with stop.watching():
+        os.kill(os.getpid(), signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            stop.pass_on()
+    assert stop.exit_code == 130
+
+
+def test_a_second_signal_ends_the_command_at_once(tmp_path: Path) -> None:
+    stop = Stop(Mark(tmp_path / ".ray-abc.json"))
+    with stop.watching():
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(1.1 * SAME_SECONDS)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_a_rank_hears_of_the_commands_signals_as_of_its_own() -> None:
+    watch = SignalWatch([signal.SIGTERM], lambda: "", lambda: None, KeyboardInterrupt)
+    hear_from(lambda: {signal.SIGTERM, signal.SIGUSR1})
+    try:
+        assert watch.received == {signal.SIGTERM}
+    finally:
+        hear_from(None)
+    assert watch.received == set()
 
 
 # ---- what is shown ---------------------------------------------------------------------------------------------------

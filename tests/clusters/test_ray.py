@@ -112,13 +112,19 @@ def test_sft_ends_with_the_weights_and_metrics_of_a_run_without_ray(place: Path)
     assert_no_traces(place / "in_ray")
 
 
-def test_after_a_worker_is_killed_the_run_goes_on_from_its_newest_checkpoint(place: Path) -> None:
-    undisturbed = recipe("ppo", place, "undisturbed").end()
-    assert undisturbed.code == 0
+@pytest.fixture(scope="module")
+def undisturbed(place: Path) -> Path:
+    """The folder of a run of PPO without Ray."""
+    assert recipe("ppo", place, "undisturbed").end().code == 0
+    return place / "undisturbed"
+
+
+def test_after_a_worker_is_killed_the_run_goes_on_from_its_newest_checkpoint(place: Path, undisturbed: Path) -> None:
     calls = place / "calls"
     calls.mkdir()
     command = recipe("ppo", place, "disturbed", "launcher=ray", PAUSE_FOLDER=str(calls), PAUSE_SECONDS="1.0")
-    killed = kill_one_that_scores(calls, 3, command)
+    killed = one_that_scores(calls, 3, command)
+    os.kill(killed, signal.SIGKILL)
     ended = command.end()
     assert ended.code == 0
     assert "starting the workers again (loss 1 of at most 3)" in ended.out
@@ -126,22 +132,38 @@ def test_after_a_worker_is_killed_the_run_goes_on_from_its_newest_checkpoint(pla
     assert len(ranks) == 4, "two ranks, and two again"
     # The checkpoint of two iterations is gone on from: four of six are left.
     assert {len(list(calls.glob(f"{rank}-*"))) for rank in ranks if int(rank) != killed} >= {4}
-    assert [row["step"] for row in rows(place / "disturbed")] == [row["step"] for row in rows(place / "undisturbed")]
-    assert rows(place / "disturbed") == rows(place / "undisturbed")
-    assert weights(place / "disturbed") == weights(place / "undisturbed")
+    assert [row["step"] for row in rows(place / "disturbed")] == [row["step"] for row in rows(undisturbed)]
+    assert rows(place / "disturbed") == rows(undisturbed)
+    assert weights(place / "disturbed") == weights(undisturbed)
     assert_no_traces(place / "disturbed")
 
 
-def kill_one_that_scores(calls: Path, call: int, command: Command) -> int:
-    """Kill a rank at its reward of iteration ``call`` + 1, which it writes down with its pid."""
+def test_ctrl_c_has_the_ranks_write_a_checkpoint_from_which_the_run_goes_on(place: Path, undisturbed: Path) -> None:
+    calls = place / "calls of a run that stops"
+    calls.mkdir()
+    rarely = "callbacks.checkpoint_every_n_steps=100"
+    command = recipe("ppo", place, "stopped", "launcher=ray", rarely, PAUSE_FOLDER=str(calls), PAUSE_SECONDS="3.0")
+    one_that_scores(calls, 2, command)
+    os.killpg(command.process.pid, signal.SIGINT)  # as a terminal sends it, to all that Ray has started there
+    stopped = command.end()
+    assert stopped.code == 130
+    assert "SIGINT: the ranks finish what they do; once more to stop at once" in stopped.out
+    assert "checkpoint: " in stopped.out
+    assert len({path.name.split("-")[0] for path in calls.iterdir()}) == 2, "nobody was started again"
+    assert_no_traces(place / "stopped")
+    last = recipe("ppo", place, "stopped", "launcher=ray", rarely, "ckpt_path=last").end()
+    assert last.code == 0
+    assert weights(place / "stopped") == weights(undisturbed)
+
+
+def one_that_scores(calls: Path, call: int, command: Command) -> int:
+    """The pid of a rank at its reward of iteration ``call`` + 1, where it writes it down."""
     deadline = time.monotonic() + PATIENCE
     while not (begun := sorted(calls.glob(f"*-{call}"))):
         assert time.monotonic() < deadline, "no rank came so far"
         assert command.process.poll() is None, command.end().out
         time.sleep(0.1)
-    pid = int(begun[-1].name.split("-")[0])
-    os.kill(pid, signal.SIGKILL)
-    return pid
+    return int(begun[-1].name.split("-")[0])
 
 
 # ---- jobs in a cluster of two nodes ----------------------------------------------------------------------------------
