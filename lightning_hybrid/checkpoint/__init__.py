@@ -5,6 +5,7 @@ from lightning_hybrid.checkpoint.engine_state import engine_state, merged_number
 from lightning_hybrid.checkpoint.exchange import exchange_weights
 from lightning_hybrid.checkpoint.folder import newest_complete, problems
 from lightning_hybrid.checkpoint.frozen import (
+    fingerprint,
     fingerprints,
     frozen_parameters,
     frozen_tensors,
@@ -36,6 +37,7 @@ __all__ = [
     "engine_folder",
     "engine_state",
     "exchange_weights",
+    "fingerprint",
     "fingerprints",
     "frozen_parameters",
     "frozen_tensors",

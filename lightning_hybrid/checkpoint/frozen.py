@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -21,6 +23,12 @@ FACTOR, STEP = 0x9E3779B97F4A7C15 - (1 << 64), 0x5851F42D4C957F2D
 def frozen_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters of a module that require no gradient."""
     return {name: p for name, p in module.named_parameters() if not p.requires_grad}
+
+
+def fingerprint(modules: Iterable[nn.Module]) -> str:
+    """One digest of the frozen parameters of modules, in hexadecimal, see :func:`fingerprints`."""
+    named = json.dumps([fingerprints(module) for module in modules], sort_keys=True)
+    return hashlib.blake2b(named.encode(), digest_size=16).hexdigest()
 
 
 def fingerprints(module: nn.Module) -> dict[str, str]:
@@ -79,11 +87,10 @@ def refuse_other_weights(of: str, module: nn.Module, saved: Mapping[str, str]) -
 
 def _own_stretches(module: nn.Module) -> Iterator[tuple[str, int, Tensor, bool]]:
     """Name, start, one-dimensional values, and whether they are this rank's share only, in the order of the names."""
-    rank = torch.distributed.get_rank()
     parameter: Any  # with ZeRO-3's own attributes
     for name, parameter in sorted(frozen_parameters(module).items()):
         if hasattr(parameter, "ds_id"):
-            start, numel = own_share(parameter, rank)
+            start, numel = own_share(parameter, torch.distributed.get_rank())
             yield name, start, parameter.ds_tensor.detach().view(-1)[:numel], True
         else:
             yield name, 0, parameter.detach().reshape(-1), False

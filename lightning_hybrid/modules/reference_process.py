@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lightning_hybrid.checkpoint import fingerprint
 from lightning_hybrid.config import RolloutConfig
 from lightning_hybrid.engines import cast_parameters
 from lightning_hybrid.generation import lay_out
@@ -27,7 +28,7 @@ def routes(settings: dict[str, Any]) -> dict[str, Route]:
     """``logprobs``: ``{prompts, responses, temperature, micro_batch_size}`` in, ``{logprobs}`` of each token out.
 
     ``respond``: ``{prompts, seed, indices}`` in, greedy ``{responses, finish_reasons, policy_logprobs,
-    sampling_logprobs}`` out. All prompts and responses are token ids.
+    sampling_logprobs}`` out. ``about``: a digest of the ``weights``. All prompts and responses are token ids.
 
     Args:
         settings: what :meth:`~lightning_hybrid.modules.reference.ServedReference.spec` writes.
@@ -36,6 +37,7 @@ def routes(settings: dict[str, Any]) -> dict[str, Route]:
     policy = make_policy(settings["source"], tokenizer, settings["chunk"]).requires_grad_(False).eval()
     cast_parameters(policy, getattr(torch, settings["dtype"]))
     policy.to(torch.device("cuda" if settings["cuda"] else "cpu"))
+    about = {"weights": fingerprint([policy])}
     pad = tokenizer.pad_token_id or 0
     backend = make_backend(RolloutConfig(**settings["rollout"]), settings["ends"], pad, tokenizer)
     one_at_a_time = threading.Lock()  # all ranks ask at once, and the device has the room for one batch
@@ -48,7 +50,7 @@ def routes(settings: dict[str, Any]) -> dict[str, Route]:
         with one_at_a_time:
             return _responses(policy, backend, request)
 
-    return {"logprobs": logprobs, "respond": respond}
+    return {"logprobs": logprobs, "respond": respond, "about": lambda _: about}
 
 
 def _logprobs(policy: Policy, request: dict[str, Any]) -> list[list[float]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -14,7 +14,7 @@ from typing_extensions import override
 
 from lightning_hybrid.engines import config_dtype
 from lightning_hybrid.engines.agreement import agree, of_all_ranks, on_every_rank, own_rank
-from lightning_hybrid.errors import ConfigError, LightningHybridError, RewardError, ServerError
+from lightning_hybrid.errors import CheckpointError, ConfigError, LightningHybridError, RewardError, ServerError
 from lightning_hybrid.modules.reference import ServedReference
 from lightning_hybrid.rewards import ServedReward
 from lightning_hybrid.serving import RunningServer, ServerClient, ServerSpec, end_servers, start_servers
@@ -35,7 +35,11 @@ SHARE_OF_TIMEOUT = 0.9
 
 
 class SeparateRoles:
-    """The processes of a module's frozen models, which the first rank starts."""
+    """The processes of a module's frozen models, which the first rank starts.
+
+    Attributes:
+        weights: a digest of each model's, by its role.
+    """
 
     def __init__(self) -> None:
         self._parts: list[ServedReward | ServedReference] = []
@@ -44,6 +48,7 @@ class SeparateRoles:
         self._clients: list[ServerClient] = []
         self._again: set[int] = set()
         self._timeout = 0.0
+        self.weights: dict[str, str] = {}
 
     def start(self, module: PPOModule) -> None:
         """Start them, if there are any, and wait until they have loaded; all ranks call it.
@@ -52,6 +57,7 @@ class SeparateRoles:
             ConfigError: on every rank, if one does not start, or would not be reached from other machines.
         """
         self.close()
+        self.weights = {}
         served = [module.reference] if isinstance(module.reference, ServedReference) else []
         self._parts = [*module.reward.served, *served]
         if not self._parts:
@@ -67,6 +73,23 @@ class SeparateRoles:
         ]
         self._connect(on_every_rank(self._started, "starting the processes of frozen models", ConfigError))
         self._refuse_unreachable(module.trainer.num_nodes)
+        self.weights = on_every_rank(self._digests, "asking frozen models for their weights", ConfigError)
+
+    def refuse_other_weights(self, saved: Mapping[str, str]) -> None:
+        """Raise where a model is not the one that a checkpoint was written with.
+
+        Args:
+            saved: :attr:`weights` of then; a model that was in the ranks then is not among them.
+
+        Raises:
+            CheckpointError: naming it.
+        """
+        for role, spec in zip(self.weights, self._specs, strict=True):
+            if self.weights[role] != saved.get(role, self.weights[role]):
+                raise CheckpointError(
+                    f"the weights of {spec.what} are not those that the checkpoint was written with as its {role}: "
+                    "give the same model and precision"
+                )
 
     def close(self) -> None:
         """End them."""
@@ -109,6 +132,10 @@ class SeparateRoles:
                     f"roles.{role}.device is the CPU, beside ranks on {device}: give the process a CUDA index; it may "
                     "be one of theirs that has the room"
                 )
+
+    def _digests(self) -> dict[str, str]:
+        roles = [f"reward {n}" if isinstance(part, ServedReward) else "reference" for n, part in enumerate(self._parts)]
+        return {role: client.call("about")["weights"] for role, client in zip(roles, self._clients, strict=True)}
 
     def _started(self) -> list[Address]:
         if own_rank() == 0:

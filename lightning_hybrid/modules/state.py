@@ -12,18 +12,27 @@ if TYPE_CHECKING:
 
 
 def state_of(module: PPOModule) -> dict[str, Any]:
-    """The KL controller, the moments of the scores, the choice of old log-probs, and prompts that are carried over."""
+    """The KL controller, the moments of the scores, the choice of old log-probs, and prompts that are carried over.
+
+    Of frozen models in processes of their own it has a digest, as the strategy has one of those in the ranks.
+    """
     state = {
         "kl": module.kl_controller.state_dict(),
         "scores": module.score_moments.state_dict(),
         "old_logprobs": module.old_logprob_source.state_dict(),
         "optimizer_steps": module.optimizer_steps,
+        "separate": module.separate.weights,
     }
     return state if module.pipeline is None else state | {"carried_over": module.pipeline.state_dict()}
 
 
 def restore_state(module: PPOModule, state: Mapping[str, Any]) -> None:
-    """Go on with what :func:`state_of` gave."""
+    """Go on with what :func:`state_of` gave.
+
+    Raises:
+        CheckpointError: where a frozen model in a process of its own is another one.
+    """
+    module.separate.refuse_other_weights(state.get("separate", {}))
     module.kl_controller.load_state_dict(state["kl"])
     module.score_moments.load_state_dict(state["scores"])
     module.moments_now = module.score_moments

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from lightning_hybrid.checkpoint import fingerprint
 from lightning_hybrid.config.reward import RewardTermConfig
 from lightning_hybrid.engines import cast_parameters
 from lightning_hybrid.rewards.load import load_model_reward
@@ -14,7 +15,7 @@ from lightning_hybrid.serving import Route, main_of
 
 
 def routes(settings: dict[str, Any]) -> dict[str, Route]:
-    """``score``: ``{prompts, responses, fields}`` in, ``{scores}`` out.
+    """``score``: ``{prompts, responses, fields}`` in, ``{scores}`` out. ``about``: a digest of the ``weights``.
 
     Args:
         settings: ``source`` with ``path`` or ``classifier``, ``dtype``, and ``cuda``: whether it has such a device.
@@ -26,13 +27,14 @@ def routes(settings: dict[str, Any]) -> dict[str, Route]:
         cast_parameters(model, getattr(torch, settings["dtype"]))
         model.to(device)
     reward.to(device)
+    about = {"weights": fingerprint(reward.models.values())}
     one_at_a_time = threading.Lock()  # all ranks ask at once, and the device has the room for one batch
 
     def score(request: dict[str, Any]) -> dict[str, Any]:
         with one_at_a_time:
             return {"scores": reward(request["prompts"], request["responses"], request["fields"]).tolist()}
 
-    return {"score": score}
+    return {"score": score, "about": lambda _: about}
 
 
 if __name__ == "__main__":

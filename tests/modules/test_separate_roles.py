@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,12 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_hybrid import PPOConfig, PPOModule, RolloutConfig
 from lightning_hybrid.config import AdapterConfig, FrozenRoleConfig, RewardSourceConfig, RolesConfig
 from lightning_hybrid.data.task import build_tokenizer
-from lightning_hybrid.errors import ConfigError, RewardError
+from lightning_hybrid.errors import CheckpointError, ConfigError, RewardError
 from lightning_hybrid.models import with_adapter
 from lightning_hybrid.modules.passes import policy_logprobs
 from lightning_hybrid.modules.reference import ServedReference
@@ -115,6 +117,18 @@ def test_processes_that_die_once_are_started_again_and_change_nothing(
 def test_a_process_that_dies_again_stops_the_run(models: Path) -> None:
     with pytest.raises(RewardError, match=r"the reward model '.*/reward': its process was killed by SIGKILL"):
         fit(ppo(models, SEPARATE), before={1: kill_all, 2: kill_all})
+
+
+@pytest.mark.slow
+def test_a_run_does_not_go_on_with_other_frozen_models_than_it_began_with(models: Path, tmp_path: Path) -> None:
+    keep = ModelCheckpoint(tmp_path, every_n_train_steps=1)
+    trainer = quiet_trainer("hybrid_deepspeed", max_steps=1, callbacks=[keep], enable_checkpointing=True)
+    trainer.fit(ppo(models, SEPARATE), prompts())
+    others = Path(shutil.copytree(models, tmp_path / "others"))
+    shutil.copy(models / "actor" / "model.safetensors", others / "reference")
+    trainer = quiet_trainer("hybrid_deepspeed", max_steps=2)
+    with pytest.raises(CheckpointError, match="weights of the reference are not those .* as its reference: give"):
+        trainer.fit(ppo(others, SEPARATE), prompts(), ckpt_path=keep.best_model_path)
 
 
 def test_processes_end_when_an_error_ends_the_run(models: Path) -> None:
