@@ -115,12 +115,12 @@ class SeparateRoles:
             error: raised where a rank failed.
         """
         outcome = _outcome(compute)
-        if any(of_all_ranks(_was_lost(outcome))):
+        while any(of_all_ranks(_was_lost(outcome))):  # another one may have ended at the same time
             ended = self._ended()
-            if self._started_again(ended):
-                outcome = _outcome(compute)
-            elif ended:
-                outcome = ServerError(" and ".join(f"{self._specs[i].what}: {how}" for i, how in ended.items()))
+            if not self._started_again(ended):
+                told = " and ".join(f"{self._specs[number].what}: {how}" for number, how in ended.items())
+                return agree(ServerError(told) if ended else outcome, what, error)
+            outcome = _outcome(compute)
         return agree(outcome, what, error)
 
     def _refuse_cpu_beside(self, device: torch.device) -> None:

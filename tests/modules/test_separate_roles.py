@@ -16,13 +16,14 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning_hybrid import PPOConfig, PPOModule, RolloutConfig
 from lightning_hybrid.config import AdapterConfig, FrozenRoleConfig, RewardSourceConfig, RolesConfig
 from lightning_hybrid.data.task import build_tokenizer
-from lightning_hybrid.errors import CheckpointError, ConfigError, RewardError
+from lightning_hybrid.errors import CheckpointError, ConfigError, RewardError, ServerError
 from lightning_hybrid.models import with_adapter
 from lightning_hybrid.modules.passes import policy_logprobs
 from lightning_hybrid.modules.reference import ServedReference
 from lightning_hybrid.modules.roles import make_critic
+from lightning_hybrid.modules.separate import SeparateRoles
 from lightning_hybrid.rewards import CachedReward, LearnedReward, reward_from
-from lightning_hybrid.serving import ServerClient, start_servers
+from lightning_hybrid.serving import ServerClient, ServerSpec, start_servers
 from tests.helpers import quiet_trainer, tiny_policy
 from tests.modules.separate import IN_RANKS, SEPARATE, ppo, prompts, save_models
 
@@ -111,6 +112,40 @@ def test_processes_that_die_once_are_started_again_and_change_nothing(
     assert_same(fit(ppo(models, SEPARATE), before={1: kill_all}).rows, in_ranks)
     for what in (f"the reward model '{models / 'reward'}'", "the reference"):
         assert f"{what} is started again: its process was killed by SIGKILL" in caplog.text
+
+
+class Fallible:
+    """A process that dies when it is told to."""
+
+    url, token = "http://127.0.0.1:1", ""
+
+    def __init__(self) -> None:
+        self.alive = True
+
+    def exited(self) -> str | None:
+        return None if self.alive else "killed"
+
+    def close(self) -> None:
+        self.alive = False
+
+
+def test_two_processes_that_die_at_once_are_both_started_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lightning_hybrid.modules.separate.start_servers", lambda specs: [Fallible() for _ in specs])
+    roles, first, second = SeparateRoles(), Fallible(), Fallible()
+    roles._specs, roles._running = [ServerSpec(what, "", {}) for what in ("first", "second")], [first, second]
+    monkeypatch.setattr(roles, "_connect", lambda addresses: None)
+    deaths = [second, first]
+
+    def compute() -> str:
+        if deaths:
+            deaths.pop().alive = False
+            raise ServerError("lost")
+        return "scores"
+
+    assert roles.on_every_rank(compute) == "scores"
+    deaths.append(roles._running[1])  # type: ignore[arg-type]
+    with pytest.raises(RewardError, match="second: killed"):
+        roles.on_every_rank(compute)
 
 
 @pytest.mark.slow
