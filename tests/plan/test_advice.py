@@ -79,7 +79,7 @@ def test_several_changes_together_leave_the_result_as_it_is_where_that_is_enough
 
 @pytest.mark.slow
 def test_where_it_is_not_enough_they_say_what_they_change() -> None:
-    plan = plan_of(GPU_RUN, device_memory_gib=0.3)
+    plan = plan_of(GPU_RUN, device_memory_gib=0.23)
     together = advise(plan)[-1]
     assert len(together.overrides) > 1
     assert together.costs
