@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import threading
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 from uuid import uuid4
@@ -21,6 +20,7 @@ from lightning_hybrid.clusters.order import Order, shown_variables
 from lightning_hybrid.clusters.stopping import Stop
 from lightning_hybrid.clusters.worker import task_of
 from lightning_hybrid.config import Run
+from lightning_hybrid.environ import variables
 from lightning_hybrid.errors import ConfigError, LightningHybridError, RankLostError
 
 RunT = TypeVar("RunT", bound=Run)
@@ -45,7 +45,7 @@ def launch(run: RunT, job: Callable[[RunT], object]) -> None:
             once where they had not begun or it was the second.
     """
     run_id = uuid4().hex[:12]
-    with without_prefixes(), _variables(_FOR_RAY | _timeouts(run)), connected(run.launcher) as ray:
+    with without_prefixes(), variables(_FOR_RAY | _timeouts(run)), connected(run.launcher) as ray:
         run = _on_known_hardware(run, ray)
         refuse_what_does_not_fit(ray, shares_of(run))
         _say_what_a_loss_costs(run)
@@ -208,15 +208,3 @@ _FOR_RAY = {
 
 def _timeouts(run: Run) -> dict[str, str]:
     return {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": str(run.launcher.startup_timeout_seconds)}
-
-
-@contextmanager
-def _variables(values: Mapping[str, str]) -> Iterator[None]:
-    """Set in the environment for a block, where the user has not set them."""
-    new = {name: value for name, value in values.items() if name not in os.environ}
-    os.environ.update(new)
-    try:
-        yield
-    finally:
-        for name in new:
-            os.environ.pop(name, None)

@@ -14,6 +14,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import TCPStore
 
+from lightning_hybrid.environ import variables
+
 MIB = 1 << 20
 
 
@@ -90,7 +92,10 @@ def _gloo(store: Any, rank: int, size: int, timeout: timedelta, host: str) -> An
 def _nccl(store: Any, rank: int, size: int, timeout: timedelta, host: str) -> Any:
     options = dist.ProcessGroupNCCL.Options()
     options._timeout = timeout
-    return dist.ProcessGroupNCCL(store, rank, size, options)
+    # Read as the group is made: a member that is gone is an error of who waits for it. By default it would be one of
+    # NCCL's watchdog, which ends the whole process.
+    with variables({"TORCH_NCCL_BLOCKING_WAIT": "1"}):
+        return dist.ProcessGroupNCCL(store, rank, size, options)
 
 
 def open_store(host: str, seconds: float) -> tuple[Any, int]:
