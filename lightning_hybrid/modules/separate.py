@@ -57,7 +57,7 @@ class SeparateRoles:
             ConfigError: on every rank, if one does not start, or would not be reached from other machines.
         """
         self.close()
-        self.weights = {}
+        self._specs, self.weights = [], {}
         served = [module.reference] if isinstance(module.reference, ServedReference) else []
         self._parts = [*module.reward.served, *served]
         if not self._parts:
