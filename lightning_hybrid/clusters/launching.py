@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import shutil
-import threading
 from collections.abc import Callable, Mapping
+from concurrent.futures import wait
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,6 +22,7 @@ from lightning_hybrid.clusters.worker import task_of
 from lightning_hybrid.config import Run
 from lightning_hybrid.environ import variables
 from lightning_hybrid.errors import ConfigError, LightningHybridError, RankLostError
+from lightning_hybrid.serving.background import in_background
 
 RunT = TypeVar("RunT", bound=Run)
 LONGEST = 2000  # characters of what is said of one worker's end
@@ -108,21 +109,11 @@ def _end_of(run: Run, order: Order, stop: Stop) -> str | None:
 
 def _beside(call: Callable[[], object], stop: Stop) -> None:
     """Call and wait, and pass signals on. In the main thread Ray would answer them, and end this process at once."""
-    raised: list[BaseException] = []
-
-    def act() -> None:
-        try:
-            call()
-        except BaseException as error:
-            raised.append(error)
-
-    thread = threading.Thread(target=act, daemon=True, name="Ray Train")
-    thread.start()
-    while thread.is_alive():
-        thread.join(0.5)
+    running = in_background(call)
+    while not running.done():
+        wait([running], 0.5)
         stop.pass_on()
-    if raised:
-        raise raised[0]
+    running.result()
 
 
 def _trainer_of(run: Run, order: Order) -> Any:

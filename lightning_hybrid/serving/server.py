@@ -172,7 +172,7 @@ def main_of(make: Callable[[dict[str, Any]], Mapping[str, Route]]) -> None:
         if not line:
             return
         signal.signal(signal.SIGTERM, _end)
-        atexit.register(_end_children)
+        atexit.register(end_children)
         # Also while it loads, of which nothing but another thread can say that it is no longer needed.
         threading.Thread(target=_end_after, args=(starter,), daemon=True).start()
         server = _made(make, json.loads(line), answers)
@@ -203,7 +203,7 @@ def _end(*_: object) -> None:
     raise SystemExit(128 + signal.SIGTERM)
 
 
-def _end_children() -> None:
+def end_children() -> None:
     """What this process started and has left running, in the session that its starter gave it."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if os.getpgrp() == os.getpid():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import Any
@@ -17,6 +16,7 @@ from lightning_hybrid.rollout.vllm.machine import start_machine
 from lightning_hybrid.rollout.vllm.requests import Draw
 from lightning_hybrid.rollout.vllm.transfer import Meeting
 from lightning_hybrid.serving import Route, main_of
+from lightning_hybrid.serving.server import end_children
 
 
 def make(settings: dict[str, Any]) -> Mapping[str, Route]:
@@ -94,9 +94,7 @@ def main(make: Callable[[dict[str, Any]], Mapping[str, Route]]) -> None:
         main_of(make)
     except SystemExit as end:
         # It has nothing to bring to an end, and would take seconds to part from the group of weights and unload vLLM.
-        if os.getpgrp() == os.getpid():  # its workers
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)
-            os.killpg(0, signal.SIGTERM)
+        end_children()  # its workers
         os._exit(end.code if isinstance(end.code, int) else 1)
 
 
